@@ -1,0 +1,19 @@
+"""What a step reads and writes."""
+
+from typing import Any
+
+from flax import struct
+
+
+@struct.dataclass
+class TrainState:
+  """The whole training state, a pytree.
+
+  params: master parameters (float32, or float64 in a float64 run). opt_state: the optimizer's, same shapes.
+  step: int32 scalar, steps taken. skipped: int32 scalar, steps skipped because loss or gradient was not finite.
+  """
+
+  params: Any
+  opt_state: Any
+  step: Any
+  skipped: Any
