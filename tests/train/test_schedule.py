@@ -38,7 +38,7 @@ def test_mt_nlg_ramp_by_hand():
   assert schedule.plan(3104).first_sample == 3104 * 32 == 99328
   second = -(-(198623 - 99328) // 64)  # 1552 steps of 64
   assert (schedule.plan(3104 + second - 1).batch, schedule.plan(3104 + second).batch) == (64, 96)
-  sizes = {schedule.plan(step).batch for step in range(0, 20000)}
+  sizes = {schedule.plan(step).batch for step in range(20000)}
   assert sizes == set(range(32, 1921, 32))
   full = next(step for step in range(20000) if schedule.plan(step).batch == 1920)
   tokens = schedule.plan(full).tokens
