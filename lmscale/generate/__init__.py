@@ -1,0 +1,1 @@
+"""Decoding: caches and sampling."""

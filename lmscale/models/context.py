@@ -1,0 +1,39 @@
+"""What every layer is told besides its parameters and its input."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+def _unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  return x
+
+
+@struct.dataclass
+class Context:
+  """Per-batch facts and the hooks to the mesh.
+
+  positions: int32 [b, t], restart at 0 in each document. segment_ids: int32 [b, t] or None, 0 = padding; required where
+  documents are packed, so that attention, convolution and SSM state reset at boundaries.
+  constrain(x, logical_axes) -> x: where an activation lives on the mesh. gather(kind, params) -> params: brings one
+  layer's parameters together where they are used (ZeRO 3). tensor: ways in which heads are cut over the mesh.
+  remat_attention: recompute the attention core in the backward pass (arXiv 2205.05198, selective recomputation).
+  """
+
+  positions: jax.Array
+  segment_ids: jax.Array | None = None
+  constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = struct.field(
+    pytree_node=False, default=_unconstrained
+  )
+  gather: Callable[[str, Any], Any] | None = struct.field(pytree_node=False, default=None)
+  tensor: int = struct.field(pytree_node=False, default=1)
+  remat_attention: bool = struct.field(pytree_node=False, default=False)
+
+
+def plain_context(tokens: jax.Array, segment_ids: jax.Array | None = None) -> Context:
+  """A context for one unpacked document per row: positions 0..t-1. tokens: [b, t]."""
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+  return Context(positions, segment_ids)

@@ -1,0 +1,140 @@
+"""The language model: embedding, stack of layers, final norm, head.
+
+Parameter tree: embed/tokens [V, D] (embed/positions [S, D]), layers, final_norm/norm_scale, head/kernel [D, V] (absent
+where the head is the transposed embedding). `layers` is a list with one dict per layer in canonical form, and a tuple of
+runs (see `stack`) in memory.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lmscale.config import ModelConfig
+from lmscale.models import stack
+from lmscale.models.context import Context
+from lmscale.models.layers import RESIDUAL, empty_cache
+from lmscale.models.norms import norm
+from lmscale.models.params import ParamSpec, declared_specs, initial_value, normal
+
+Params = dict[str, Any]
+
+
+class _FinalNorm(nn.Module):
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    return norm(self, self.config, x_BTD)
+
+
+@functools.cache
+def _outer_specs(config: ModelConfig) -> dict[str, dict[str, ParamSpec]]:
+  d = config.d_model
+  embed = {'tokens': ParamSpec((config.vocab, d), ('vocab', 'embed'), normal(config.init_std))}
+  if config.positions == 'learned':
+    embed['positions'] = ParamSpec((config.max_positions, d), (None, 'embed'), normal(config.init_std))
+  specs = {'embed': embed, 'final_norm': declared_specs(_FinalNorm(config), jnp.zeros((1, 1, d)))}
+  if not config.tied:
+    specs['head'] = {'kernel': ParamSpec((d, config.vocab), ('embed', 'vocab'), normal(config.init_std))}
+  return specs
+
+
+def param_specs(config: ModelConfig) -> Params:
+  """The canonical tree of ParamSpec, `layers` a list with one dict per layer. Allocates nothing."""
+  outer = _outer_specs(config)
+  return {**outer, 'layers': [stack.layer_specs(config, kind) for kind in config.layers]}
+
+
+def init_layers(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> Params:
+  """The canonical tree of initial values. A leaf depends on (seed, layer index, name) alone."""
+  outer = _init_outer(config, seed, dtype)
+  layers = [
+    {name: initial_value(spec, seed, index, name, dtype) for name, spec in stack.layer_specs(config, kind).items()}
+    for index, kind in enumerate(config.layers)
+  ]
+  return {**outer, 'layers': layers}
+
+
+def init_runs(config: ModelConfig, plan: stack.Plan, seed: int, dtype: Any = jnp.float32) -> Params:
+  """The same values as `init_layers`, born stacked per run."""
+
+  def stacked(kind: str, indices: range) -> dict[str, jax.Array]:
+    rows = jnp.asarray(indices)
+    return {
+      name: jax.vmap(lambda i, name=name, spec=spec: initial_value(spec, seed, i, name, dtype))(rows)
+      for name, spec in stack.layer_specs(config, kind).items()
+    }
+
+  runs = tuple(
+    tuple(stacked(kind, indices) for kind, indices in zip(unit, units, strict=True))
+    for (unit, _), units in zip(plan, stack.run_indices(plan), strict=True)
+  )
+  return {**_init_outer(config, seed, dtype), 'layers': runs}
+
+
+def _init_outer(config: ModelConfig, seed: int, dtype: Any) -> Params:
+  return {
+    part: {name: initial_value(spec, seed, -1, f'{part}/{name}', dtype) for name, spec in specs.items()}
+    for part, specs in _outer_specs(config).items()
+  }
+
+
+def embed(config: ModelConfig, params: dict[str, jax.Array], tokens_BT: jax.Array, ctx: Context) -> jax.Array:
+  """Token (and learned position) embeddings: tokens int32 [b, t] -> [b, t, d_model]."""
+  x_BTD = jnp.take(params['tokens'], tokens_BT, axis=0)
+  if config.positions == 'learned':
+    x_BTD = x_BTD + jnp.take(params['positions'], ctx.positions, axis=0)
+  return ctx.constrain(x_BTD, RESIDUAL)
+
+
+def final_norm(config: ModelConfig, params: dict[str, jax.Array], x_BTD: jax.Array) -> jax.Array:
+  """The norm before the head. [b, t, d_model] -> same."""
+  return _FinalNorm(config).apply({'params': params}, x_BTD)
+
+
+def forward(
+  config: ModelConfig,
+  params: Params,
+  tokens_BT: jax.Array,
+  ctx: Context,
+  caches: tuple | None = None,
+  plan: stack.Plan | None = None,
+  remat: str = 'none',
+) -> tuple[jax.Array, tuple | None, dict[str, jax.Array]]:
+  """Tokens to the hidden states that the head reads.
+
+  tokens: int32 [b, t]. params: canonical (then `plan` is None) or stacked by `plan`. caches: None, or `empty_caches`.
+  Returns (hidden [b, t, d_model], caches, aux). The compute dtype is that of the embedding.
+  """
+  layers = params['layers']
+  if plan is None:
+    plan = stack.make_plan(config.layers, 'unrolled')
+    layers = stack.from_layers(layers, plan)
+  x_BTD = embed(config, params['embed'], tokens_BT, ctx)
+  x_BTD, caches, aux = stack.apply_stack(config, plan, layers, x_BTD, ctx, caches, remat)
+  return final_norm(config, params['final_norm'], x_BTD), caches, aux
+
+
+def head_kernel(params: Params) -> jax.Array:
+  """The head's matrix [d_model, vocab]: its own, or the transposed embedding where they are tied."""
+  return params['head']['kernel'] if 'head' in params else params['embed']['tokens'].T
+
+
+def logits(config: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+  """Hidden states [..., d_model] -> logits [..., vocab], at least float32."""
+  acc = jnp.promote_types(jnp.float32, hidden_BTD.dtype)
+  return jnp.matmul(hidden_BTD, head_kernel(params), preferred_element_type=acc)
+
+
+def empty_caches(config: ModelConfig, plan: stack.Plan, batch: int, length: int, dtype: Any) -> tuple:
+  """Decode caches for `length` tokens, stacked like the parameters of `plan`."""
+  return tuple(
+    tuple(
+      jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), empty_cache(config, kind, batch, length, dtype))
+      for kind in unit
+    )
+    for unit, repeats in plan
+  )

@@ -1,0 +1,74 @@
+"""Where each parameter lives: its tensor-parallel dims from the rules, its `data` dim from ZeRO."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from lmscale.config import Config
+from lmscale.models import model, stack
+from lmscale.models.params import ParamSpec
+from lmscale.parallel.rules import Rules, partition
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafLayout:
+  """One parameter in memory.
+
+  name: of the leaf in its layer. spec: of one layer. tensor: PartitionSpec over the compiler's axes. data_dim: the dim cut
+  over `data` by ZeRO 1 to 3, None where nothing divides. All count the dims of one layer; `stacked` adds a leading one.
+  """
+
+  name: str
+  spec: ParamSpec
+  tensor: PartitionSpec
+  data_dim: int | None
+  stacked: bool
+
+  @property
+  def stored(self) -> PartitionSpec:
+    """How the master copy, the reduced gradient and the optimizer's moments are cut (all mesh axes)."""
+    dims = list(self.tensor) + [None] * (len(self.spec.shape) - len(self.tensor))
+    if self.data_dim is not None:
+      dims[self.data_dim] = 'data'
+    return PartitionSpec(*([None] if self.stacked else []), *dims)
+
+  @property
+  def manual(self) -> PartitionSpec:
+    """The part of `stored` that the step's shard_map names: the `data` dim."""
+    return PartitionSpec(*('data' if axis == 'data' else None for axis in self.stored))
+
+  @property
+  def stacked_data_dim(self) -> int | None:
+    return None if self.data_dim is None else self.data_dim + self.stacked
+
+
+def leaf_layout(name: str, spec: ParamSpec, config: Config, rules: Rules, stacked: bool) -> LeafLayout:
+  """Cuts the largest dim that `tensor` does not use and `data` divides (the first of equals)."""
+  tensor = partition(spec.axes, rules)
+  data_dim = None
+  if config.mesh.zero > 0 and config.mesh.data > 1:
+    free = [i for i, n in enumerate(spec.shape) if tensor[i] is None and n % config.mesh.data == 0]
+    data_dim = max(free, key=lambda i: spec.shape[i], default=None)
+  return LeafLayout(name, spec, tensor, data_dim, stacked)
+
+
+def make_layout(config: Config, plan: stack.Plan | None, rules: Rules) -> dict[str, Any]:
+  """The tree of LeafLayout: like the parameters stacked by `plan`, or canonical where plan is None."""
+
+  def of(specs: dict[str, ParamSpec], stacked: bool) -> dict[str, LeafLayout]:
+    return {name: leaf_layout(name, spec, config, rules, stacked) for name, spec in specs.items()}
+
+  specs = model.param_specs(config.model)
+  layers = specs.pop('layers')
+  outer = {part: of(leaves, False) for part, leaves in specs.items()}
+  if plan is None:
+    return {**outer, 'layers': {str(i): of(layer, False) for i, layer in enumerate(layers)}}
+  runs = tuple(tuple(of(stack.layer_specs(config.model, kind), True) for kind in unit) for unit, _ in plan)
+  return {**outer, 'layers': runs}
+
+
+def map_layout(function: Any, layout: Any, *trees: Any) -> Any:
+  """tree.map over a tree of LeafLayout beside trees of arrays."""
+  return jax.tree.map(function, layout, *trees, is_leaf=lambda leaf: isinstance(leaf, LeafLayout))
