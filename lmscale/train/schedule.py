@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from lmscale.config import Config, OptimizerConfig
+from lmscale.ramp import batch_segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +26,13 @@ class StepPlan:
 class Schedule:
   """The batch sizes and learning rates of a whole run.
 
-  The batch grows from train.ramp_start to train.batch in (batch - ramp_start) / ramp_increment equal steps, spread
-  evenly over ramp_tokens consumed tokens, as in the recipe of MT-NLG (arXiv 2201.11990, 32 -> 1920 in steps of 32
-  over 12B tokens): with L levels, level k starts at the first step that finds k * ramp_tokens / L tokens consumed.
+  The batch grows in equal steps spread evenly over train.ramp_tokens consumed tokens, see `ramp.batch_segments`.
   """
 
   def __init__(self, config: Config):
     self._config = config
     self._seq_len = config.train.seq_len
-    self._segments = _segments(config)
+    self._segments = batch_segments(config.train)
     self._starts = [start for start, _, _ in self._segments]
     self.steps = config.train.steps
     self.total_samples = self._position(self.steps)[0]
@@ -49,24 +48,6 @@ class Schedule:
   def _position(self, step: int) -> tuple[int, int]:
     start, first_sample, batch = self._segments[bisect.bisect_right(self._starts, step) - 1]
     return first_sample + (step - start) * batch, batch
-
-
-def _segments(config: Config) -> list[tuple[int, int, int]]:
-  """Stretches of equal batch size: (first step, its first sample, batch size). The last one has no end."""
-  train = config.train
-  if not train.ramp_start:
-    return [(0, 0, train.batch)]
-  levels = (train.batch - train.ramp_start) // train.ramp_increment
-  scale = train.seq_len * levels  # compare samples * seq_len with k * ramp_tokens / levels without dividing
-  segments, step, sample = [], 0, 0
-  for level in range(levels):
-    batch = train.ramp_start + level * train.ramp_increment
-    left = (level + 1) * train.ramp_tokens - sample * scale
-    steps = max(0, -(-left // (batch * scale)))
-    if steps:  # a level shorter than the step before it is passed over
-      segments.append((step, sample, batch))
-    step, sample = step + steps, sample + steps * batch
-  return [*segments, (step, sample, train.batch)]
 
 
 def learning_rate(optimizer: OptimizerConfig, tokens: int, total_tokens: int) -> float:

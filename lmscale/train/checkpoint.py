@@ -1,0 +1,174 @@
+"""Checkpoints: the one file that knows Orbax.
+
+A checkpoint is a folder `<step>` with two items: `state`, the canonical tree of sharded arrays, and `meta`, JSON. Orbax
+makes it appear atomically: a process killed while writing leaves a temporary folder that nobody reads. Two things that
+Orbax does not do are done here. It casts to the dtype that is asked for, so names, shapes and dtypes are compared with
+what is stored before anything is read. And it does not notice flipped bits, so `meta` carries a checksum per array.
+"""
+
+import logging
+import pathlib
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import multihost
+
+from lmscale.errors import ConfigError
+
+SHOWN = 6  # differences named in an error
+
+
+class DamagedCheckpoint(Exception):
+  """A checkpoint that is there but cannot be read back as it was written."""
+
+
+class Checkpointer:
+  """Saves and restores canonical trees in `folder`; keeps the newest `keep`. Call from every process."""
+
+  def __init__(self, folder: str | pathlib.Path, keep: int = 3):
+    self.folder = pathlib.Path(folder).absolute()
+    self._bad: list[int] = []  # steps found damaged, out of the way before the next save
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+      item_handlers={'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()},
+    )
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self.close()
+
+  def steps(self) -> list[int]:
+    """Steps with a checkpoint, on disk or on its way, oldest first, without those a restore found damaged."""
+    return sorted(set(self._manager.all_steps()) - set(self._bad))
+
+  def latest(self) -> int | None:
+    """The newest of `steps`, or None."""
+    return max(self.steps(), default=None)
+
+  def save(self, step: int, tree: Any, meta: dict[str, Any], wait: bool = False) -> None:
+    """Stores `tree` (nested dicts of arrays) and `meta` (JSON values) as checkpoint `step`; once only per step.
+
+    Returns when the arrays are copied off the devices; they are on disk after `wait` or the next save. Write whatever
+    must not be newer than the checkpoint, such as the log, before calling this.
+
+    Raises:
+      Exception: whatever made the previous asynchronous save fail (a full disk, for example).
+    """
+    self._set_bad_aside()
+    if step not in self._manager.all_steps():
+      stored = {'user': meta, 'checksums': checksums(tree)}
+      args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(stored))
+      self._manager.save(step, args=args, force=True)
+    if wait:
+      self.wait()
+
+  def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """(tree, meta) of checkpoint `step`, or of the newest that is whole, on the shardings of `abstract`.
+
+    abstract: nested dicts of `jax.ShapeDtypeStruct` with shardings, on any mesh. Without `step`, a damaged checkpoint
+    is passed over with a warning; the next save moves its folder to `<step>.damaged`.
+
+    Raises:
+      ConfigError: no checkpoint, none that is whole, or names, shapes or dtypes differ from `abstract`.
+    """
+    self.wait()
+    wanted = self.steps()[::-1] if step is None else [step]
+    for candidate in wanted:
+      try:
+        return self._restore(candidate, abstract)
+      except DamagedCheckpoint as damage:
+        if step is not None:
+          raise ConfigError(f'checkpoint {self.folder / str(step)} is damaged: {damage}') from damage
+        logging.getLogger(__name__).warning(
+          'CHECKPOINT %s IS DAMAGED (%s): going back to an older one', self.folder / str(candidate), damage
+        )
+        self._bad.append(candidate)
+    found = f'all of {len(wanted)} checkpoints are damaged' if wanted else 'no checkpoint'
+    raise ConfigError(f'{self.folder}: {found}; start again in another --workdir')
+
+  def wait(self) -> None:
+    """Returns when every save is on disk; raises what made one fail."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then releases Orbax's threads."""
+    self._manager.close()
+
+  def _restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    try:
+      metadata = self._manager.item_metadata(step).state
+      found = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _named(metadata.tree).items()}
+    except Exception as error:  # Orbax has no common type for what a damaged file raises
+      raise DamagedCheckpoint(_first_line(error)) from error
+    asked = {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in _named(abstract).items()}
+    if differences := _differences(found, asked):
+      raise ConfigError(f'checkpoint {self.folder / str(step)} does not fit the model: {differences}')
+    try:
+      args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+      restored = self._manager.restore(step, args=args)
+      tree, meta, expected = restored.state, restored.meta['user'], restored.meta['checksums']
+    except Exception as error:
+      raise DamagedCheckpoint(_first_line(error)) from error
+    if wrong := [name for name, value in checksums(tree).items() if expected.get(name) != value]:
+      raise DamagedCheckpoint(f'checksum of {", ".join(wrong[:SHOWN])} differs')
+    return tree, meta
+
+  def _set_bad_aside(self) -> None:
+    """Renames damaged checkpoints, so that their steps can be saved again and nothing is lost."""
+    if not self._bad:
+      return
+    for step in self._bad if jax.process_index() == 0 else ():
+      target, attempt = self.folder / f'{step}.damaged', 1
+      while target.exists():
+        target, attempt = self.folder / f'{step}.damaged-{attempt}', attempt + 1
+      (self.folder / str(step)).rename(target)
+    multihost.sync_global_processes('lmscale:damaged-checkpoints-set-aside')
+    self._bad.clear()
+    self._manager.reload()
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+  """The sum of an array's bits as unsigned words, modulo 2^32: equal on every mesh, and any single bit changes it."""
+  if x.dtype == bool:
+    x = x.astype(jnp.uint8)
+  words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+  return jnp.sum(jax.lax.bitcast_convert_type(x, words), dtype=jnp.uint32)
+
+
+def checksums(tree: Any) -> dict[str, int]:
+  """A checksum per array, by its name `a/b/c`. Blocks until the arrays are there."""
+  return {name: int(value) for name, value in jax.device_get({n: _checksum(x) for n, x in _named(tree).items()}).items()}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {'/'.join(str(getattr(key, 'key', key)) for key in path): leaf for path, leaf in leaves}
+
+
+def _differences(found: dict[str, Any], asked: dict[str, Any]) -> str:
+  """What differs between two {name: (shape, dtype)}, as one line; empty if nothing does."""
+
+  def show(entry: tuple[tuple[int, ...], np.dtype]) -> str:
+    return f'{entry[1]}{list(entry[0])}'
+
+  lines = []
+  for name in sorted(found.keys() | asked.keys()):
+    if name not in asked:
+      lines.append(f'{name} is stored but not in the model')
+    elif name not in found:
+      lines.append(f'{name} is in the model but not stored')
+    elif found[name] != asked[name]:
+      lines.append(f'{name} is stored as {show(found[name])}, the model has {show(asked[name])}')
+  more = f'; and {len(lines) - SHOWN} more' if len(lines) > SHOWN else ''
+  return '; '.join(lines[:SHOWN]) + more
+
+
+def _first_line(error: Exception) -> str:
+  return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
