@@ -1,0 +1,1 @@
+"""Accounting without allocation: parameters, FLOPs and bytes per device of any config on any mesh."""

@@ -1,0 +1,190 @@
+"""Bytes per device: exact for what the state stores, by formula for what a step holds besides.
+
+Stored, from the same layouts that place the real arrays: the fp32 master (float64 in a float64 run) and Adam's two
+moments, cut over `tensor` and, from ZeRO 1 up, over `data`. Held during a step: the compute copy, the gradients, the
+activations and temporaries. With pipe > 1 the figures are those of the fullest stage.
+
+  parameters   master + compute copy. The copy is whole under ZeRO 0 to 2 and costs nothing where it is the master itself
+               (fp32, not gathered); under ZeRO 3 only one layer's exists at a time, among the temporaries.
+  gradients    in train.grad_dtype: whole under ZeRO 0 and 1, a share under 2 and 3 (arXiv 1910.02054, table 1).
+  optimizer    both moments in the master's dtype.
+  activations  what the backward pass needs, see `layer_activations`, and one chunk of logits.
+  temporaries  what no table of ZeRO lists: one microbatch's gradients beside the accumulated ones, the gradient that
+               ZeRO 2 has not scattered yet, the layer that ZeRO 3 has gathered, the head's gradient from the forward pass.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from lmscale.config import Config, ModelConfig
+from lmscale.parallel.layout import LeafLayout, make_layout
+from lmscale.parallel.rules import make_rules
+
+BYTES = {'bfloat16': 2, 'float32': 4, 'float64': 8}
+
+
+def zero_bytes(parameters: float, data: int, stage: int) -> float:
+  """Model-state bytes per device in the ZeRO paper's accounting: 2 parameters, 2 gradients, 12 optimizer.
+
+  arXiv 1910.02054, table 1: stage 0 16 P, 1 4 P + 12 P / N, 2 2 P + 14 P / N, 3 16 P / N. Ours differs, see
+  `bytes_per_device`: gradients are fp32 by default and the compute copy is counted beside the master.
+  """
+  kept = (16, 4, 2, 0)[stage]
+  return parameters * (kept + (16 - kept) / data)
+
+
+def bytes_per_device(config: Config) -> dict[str, int]:
+  """Bytes on the fullest device, by the groups of the module's docstring, and their `total`. mesh.data must be known."""
+  stages = (_stage_bytes(config, i, layers) for i, layers in enumerate(stage_layers(config)))
+  return max(stages, key=lambda b: b['total'])
+
+
+def stage_layers(config: Config) -> list[range]:
+  """Canonical layer indices of each pipeline stage: cut at `|` where the pattern says so, else as evenly as possible."""
+  parts, pipe = config.model.pattern.split('|'), config.mesh.pipe
+  if len(parts) == pipe:
+    sizes = [len(part) for part in parts]
+  else:
+    each, more = divmod(len(config.model.layers), pipe)
+    sizes = [each + (i < more) for i in range(pipe)]
+  starts = [sum(sizes[:i]) for i in range(pipe + 1)]
+  return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def _stage_bytes(config: Config, stage: int, layers: range) -> dict[str, int]:
+  groups = _stage_leaves(config, stage, layers)
+  leaves = [leaf for group in groups for leaf in group]
+  master = BYTES['float64' if config.train.compute_dtype == 'float64' else 'float32']
+  grad = max(BYTES[config.train.grad_dtype], master if master == 8 else 0)
+  stored = sum(_elements(config, leaf) for leaf in leaves)
+  whole = sum(_elements(config, leaf, data=False) for leaf in leaves)
+  result = {
+    'parameters': stored * master + (_copy_bytes(config, leaves) if config.mesh.zero < 3 else 0),
+    'gradients': grad * (stored if config.mesh.zero >= 2 else whole),
+    'optimizer': 2 * stored * master,
+    'activations': _activation_bytes(config, stage, layers),
+    'temporaries': _temporary_bytes(config, groups, stage, grad, stored, whole),
+  }
+  return {**result, 'total': sum(result.values())}
+
+
+def _stage_leaves(config: Config, stage: int, layers: range) -> list[list[LeafLayout]]:
+  """The parameters of a stage, grouped by what is gathered together: each layer, the embedding, final norm, head."""
+  layout = make_layout(config, None, make_rules(config))
+  groups: list[dict[str, LeafLayout]] = [layout['layers'][str(i)] for i in layers]
+  first, last = stage == 0, stage == config.mesh.pipe - 1
+  if first or (last and config.model.tied):
+    groups.append(layout['embed'])
+  if last:
+    groups += [layout[part] for part in ('final_norm', 'head') if part in layout]
+  return [list(group.values()) for group in groups]
+
+
+def _elements(config: Config, leaf: LeafLayout, data: bool = True) -> int:
+  """Elements of a parameter on one device; `data=False` before ZeRO cuts it."""
+  cuts = [config.mesh.tensor for axis in leaf.tensor if axis == 'tensor']
+  cuts += [config.mesh.data] if data and leaf.data_dim is not None else []
+  return leaf.spec.size // math.prod(cuts)
+
+
+def _copy_bytes(config: Config, leaves: Iterable[LeafLayout]) -> int:
+  """The compute copy of these parameters, whole but for `tensor`; nothing for a leaf that is used as it is stored."""
+  compute, total = BYTES[config.train.compute_dtype], 0
+  for leaf in leaves:
+    width = max(compute, 4) if leaf.spec.full_precision else compute
+    if leaf.data_dim is not None or width < 4:
+      total += width * _elements(config, leaf, data=False)
+  return total
+
+
+def _temporary_bytes(
+  config: Config, groups: list[list[LeafLayout]], stage: int, grad: int, stored: int, whole: int
+) -> int:
+  train, zero = config.train, config.mesh.zero
+  compute = BYTES[train.compute_dtype]
+  several = _microbatches(config) > 1
+  if zero == 3:
+    largest = max(_copy_bytes(config, group) for group in groups)
+    microbatch = 2 * largest + (stored * grad if several else 0)  # the layer, and its gradient before it is scattered
+  else:
+    unscattered = grad * (whole - stored) if zero == 2 else 0
+    microbatch = unscattered + (whole * compute if several else 0)
+  last = stage == config.mesh.pipe - 1
+  head = config.model.d_model * config.model.vocab // config.mesh.tensor * max(4, compute) if last else 0
+  return microbatch + head
+
+
+def _microbatches(config: Config) -> int:
+  return -(-config.train.batch // (config.train.microbatch * config.mesh.data))
+
+
+def _activation_bytes(config: Config, stage: int, layers: range) -> int:
+  """Of the microbatches in flight on a stage: one without a pipeline, pipe - stage under 1F1B (arXiv 2104.04473)."""
+  model, mesh, train = config.model, config.mesh, config.train
+  tokens = train.microbatch * train.seq_len
+  kinds = [model.layers[i] for i in layers]
+  if train.remat == 'full':
+    saved = len(kinds) * _stream(config) * tokens
+    working = max(layer_activations(config, kind, 'none') for kind in set(kinds)) * tokens
+  else:
+    saved, working = sum(layer_activations(config, kind, train.remat) for kind in kinds) * tokens, 0
+    if train.remat == 'selective' and '*' in kinds:
+      working = (layer_activations(config, '*', 'none') - layer_activations(config, '*', 'selective')) * tokens
+  in_flight = min(mesh.pipe - stage, _microbatches(config))
+  return saved * in_flight + working + (_loss_bytes(config, tokens) if stage == mesh.pipe - 1 else 0)
+
+
+def _stream(config: Config) -> int:
+  """Bytes per token of the residual stream, cut over `tensor` under sequence parallelism."""
+  width = BYTES[config.train.compute_dtype] * config.model.d_model
+  return width // config.mesh.tensor if config.mesh.sequence_parallel else width
+
+
+def _loss_bytes(config: Config, tokens: int) -> int:
+  """One chunk's logits and their gradient, and the hidden states with theirs."""
+  compute = BYTES[config.train.compute_dtype]
+  logits = min(config.train.loss_chunk, tokens) * config.model.vocab // config.mesh.tensor * 2 * max(4, compute)
+  return logits + 2 * compute * config.model.d_model * tokens
+
+
+def layer_activations(config: Config, kind: str, remat: str) -> int:
+  """Bytes per token that one layer of `kind` keeps for its backward pass; remat `none` or `selective`.
+
+  The counting of arXiv 2205.05198, section 4 (without dropout: 32 s b h of its 34 for an attention and an MLP layer in
+  16 bits), extended to the Mamba layers: each input of a matrix product, norm, convolution or nonlinearity, once. What
+  `tensor` cuts is cut. `selective` does not keep the attention scores; `none` keeps them in the accumulator's dtype and,
+  for the product with the values, in the compute dtype.
+  """
+  model, tensor = config.model, config.mesh.tensor
+  compute = BYTES[config.train.compute_dtype]
+  acc = max(4, compute)
+  inside = {'*': _attention, '-': _mlp, 'M': _mamba2, 'm': _mamba}[kind]
+  kept, kept_acc = inside(model, tensor)
+  total = _stream(config) + compute * model.d_model + compute * kept / tensor + acc * kept_acc / tensor
+  if kind == '*' and remat == 'none':
+    total += (acc + compute) * model.attention.heads * config.train.seq_len / tensor
+  return round(total)
+
+
+def _attention(model: ModelConfig, tensor: int) -> tuple[float, float]:
+  """Elements per token, before `tensor` cuts them, in the compute dtype and in the accumulator's."""
+  c = model.attention
+  return c.head_dim * (2 * c.heads + 2 * math.lcm(c.kv_heads, tensor)), 0  # q, the core's output; k, v
+
+
+def _mlp(model: ModelConfig, tensor: int) -> tuple[float, float]:
+  return model.mlp.d_ff * (3 if model.mlp.activation in ('swiglu', 'geglu') else 2), 0
+
+
+def _mamba2(model: ModelConfig, tensor: int) -> tuple[float, float]:
+  c = model.mamba2
+  inner, grouped = c.heads * c.head_dim, math.lcm(c.groups, tensor) * c.state
+  # z, x before and after the convolution, the SSD's output, the normed output; B and C before and after.
+  return 5 * inner + 4 * grouped, inner + 2 * c.heads + inner * c.state / c.chunk  # gated output, dt, chunk states
+
+
+def _mamba(model: ModelConfig, tensor: int) -> tuple[float, float]:
+  c = model.mamba
+  low_rank: Any = tensor * (c.dt_rank + 2 * c.state)  # whole on every device
+  return 4 * c.d_inner + low_rank, 2 * c.d_inner + c.d_inner * c.state / c.chunk

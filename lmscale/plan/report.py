@@ -1,0 +1,84 @@
+"""The plan of a run as a dict for scripts and as text for people."""
+
+import dataclasses
+from typing import Any
+
+from lmscale.config import Config
+from lmscale.plan.flops import flops_per_token, flops_per_token_paper
+from lmscale.plan.memory import bytes_per_device
+from lmscale.plan.parameters import parameters_by_kind
+from lmscale.ramp import run_tokens
+
+
+def make_report(config: Config) -> dict[str, Any]:
+  """Parameters, FLOPs and bytes of a config whose mesh.data is known. Allocates nothing; values are JSON-able.
+
+  Keys that scripts rely on: parameters.total, parameters.by_kind, flops_per_token, flops_per_token_paper,
+  bytes_per_device.{parameters, gradients, optimizer, activations}.
+  """
+  kinds = parameters_by_kind(config.model)
+  train, seq_len = config.train, config.train.seq_len
+  tokens = run_tokens(train)
+  flops = flops_per_token(config.model, seq_len)
+  return {
+    'name': config.name,
+    'pattern': config.model.pattern,
+    'parameters': {'total': sum(kinds.values()), 'by_kind': kinds},
+    'flops_per_token': flops,
+    'flops_per_token_paper': flops_per_token_paper(config.model, seq_len),
+    'tokens': tokens,
+    'flops': flops * tokens,
+    'steps': train.steps,
+    'tokens_per_step': train.batch * seq_len,
+    'mesh': dataclasses.asdict(config.mesh),
+    'devices': config.mesh.size,
+    'bytes_per_device': bytes_per_device(config),
+  }
+
+
+def format_report(report: dict[str, Any]) -> str:
+  """The report as a table of about twenty lines."""
+  total, mesh = report['parameters']['total'], report['mesh']
+  rows = [('parameters', f'{total:,}', short(total))]
+  rows += [(f'  {kind}', f'{n:,}', f'{n / total:.1%}') for kind, n in report['parameters']['by_kind'].items() if n]
+  rows += [
+    ('FLOPs per token', f'{report["flops_per_token"]:,}', 'forward + backward, causal attention halved'),
+    ('  as in papers', f'{report["flops_per_token_paper"]:,}', 'attention in full'),
+    ('tokens', f'{report["tokens"]:,}', f'{report["steps"]:,} steps, up to {report["tokens_per_step"]:,} a step'),
+    ('  per parameter', f'{report["tokens"] / total:.1f}', ''),
+    ('FLOPs of the run', f'{report["flops"]:.3g}', ''),
+    ('devices', f'{report["devices"]:,}', _mesh_text(mesh)),
+    ('bytes per device', '', 'estimate; the fullest device'),
+  ]
+  rows += [(f'  {group}', size(n), '') for group, n in report['bytes_per_device'].items()]
+  left = max(len(row[0]) for row in rows)
+  middle = max(len(row[1]) for row in rows)
+  head = f'{report["name"]}: {_short_pattern(report["pattern"])}'
+  return '\n'.join([head, *(f'{a:<{left}}  {b:>{middle}}  {c}'.rstrip() for a, b, c in rows)])
+
+
+def short(n: float) -> str:
+  """A count as people say it: 8,655,000,000 -> 8.655 B."""
+  for unit, name in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'K')):
+    if n >= unit:
+      return f'{n / unit:.3f} {name}'
+  return str(n)
+
+
+def size(n: float) -> str:
+  """Bytes in binary units."""
+  for unit in ('B', 'KiB', 'MiB', 'GiB'):
+    if n < 1024:
+      return f'{n:.0f} {unit}' if unit == 'B' else f'{n:.2f} {unit}'
+    n /= 1024
+  return f'{n:.2f} TiB'
+
+
+def _mesh_text(mesh: dict[str, Any]) -> str:
+  sequence = ', sequence parallel' if mesh['sequence_parallel'] else ''
+  return f'pipe {mesh["pipe"]} * data {mesh["data"]} * tensor {mesh["tensor"]}, ZeRO {mesh["zero"]}{sequence}'
+
+
+def _short_pattern(pattern: str) -> str:
+  layers = pattern.replace('|', '')
+  return f'{pattern if len(pattern) <= 70 else pattern[:67] + "..."} ({len(layers)} layers)'
