@@ -131,10 +131,9 @@ def logits(config: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Ar
 
 def empty_caches(config: ModelConfig, plan: stack.Plan, batch: int, length: int, dtype: Any) -> tuple:
   """Decode caches for `length` tokens, stacked like the parameters of `plan`."""
-  return tuple(
-    tuple(
-      jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), empty_cache(config, kind, batch, length, dtype))
-      for kind in unit
-    )
-    for unit, repeats in plan
-  )
+
+  def stacked(kind: str, repeats: int) -> dict[str, jax.Array]:
+    cache = empty_cache(config, kind, batch, length, dtype)
+    return {name: jnp.broadcast_to(leaf, (repeats, *leaf.shape)) for name, leaf in cache.items()}
+
+  return tuple(tuple(stacked(kind, repeats) for kind in unit) for unit, repeats in plan)

@@ -5,7 +5,6 @@ shardings, initial values, counts and checkpoints all come from these specs.
 """
 
 import dataclasses
-import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from flax.core import meta
@@ -93,12 +93,12 @@ def initial_value(spec: ParamSpec, seed: jax.Array | int, layer: jax.Array | int
 
 def normal(std: float) -> Initializer:
   """Normal with standard deviation `std`."""
-  return lambda key, shape: std * jax.random.normal(key, shape)
+  return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
 def uniform(bound: float) -> Initializer:
   """Uniform in (-bound, bound)."""
-  return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+  return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def fan_in_uniform(fan_in: int, scale: float = 1.0) -> Initializer:
@@ -113,38 +113,20 @@ def constant(value: float) -> Initializer:
 
 def log_uniform_a(low: float, high: float) -> Initializer:
   """A_log with A uniform in (low, high): Mamba-2 (arXiv 2405.21060; Megatron-LM uses 1 to 16)."""
-  return lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=low, maxval=high))
+  return lambda key, shape: jnp.log(jax.random.uniform(key, shape, jnp.float32, low, high))
 
 
 def s4d_real_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """A_log with A = 1..N in every channel: Mamba-1's S4D-real start (arXiv 2312.00752, section 3.6)."""
-  return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=jnp.float32)), shape)
+  return jnp.broadcast_to(np.log(np.arange(1, shape[-1] + 1)).astype(np.float32), shape)
 
 
 def inverse_softplus_dt(low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> Initializer:
   """dt_bias such that softplus(dt_bias) is log-uniform in (low, high), at least `floor` (arXiv 2312.00752, 3.6)."""
 
   def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    dt = jnp.exp(jax.random.uniform(key, shape, minval=math.log(low), maxval=math.log(high)))
+    dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(low), math.log(high)))
     dt = jnp.maximum(dt, floor)
     return dt + jnp.log(-jnp.expm1(-dt))
 
   return init
-
-
-@functools.cache
-def _leaf_names(tree_def: Any) -> tuple[str, ...]:
-  paths = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(tree_def, range(tree_def.num_leaves)))[0]
-  return tuple('/'.join(_path_part(p) for p in path) for path, _ in paths)
-
-
-def _path_part(entry: Any) -> str:
-  for attribute in ('key', 'idx', 'name'):
-    if hasattr(entry, attribute):
-      return str(getattr(entry, attribute))
-  return str(entry)
-
-
-def leaf_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[str, ...]:
-  """'/'-joined paths of a pytree's leaves, in the tree's order."""
-  return _leaf_names(jax.tree.structure(tree, is_leaf=is_leaf))

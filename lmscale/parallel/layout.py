@@ -35,6 +35,11 @@ class LeafLayout:
     return PartitionSpec(*([None] if self.stacked else []), *dims)
 
   @property
+  def kept(self) -> PartitionSpec:
+    """How the gathered parameter is cut: by `tensor` only."""
+    return PartitionSpec(*([None] if self.stacked else []), *self.tensor)
+
+  @property
   def manual(self) -> PartitionSpec:
     """The part of `stored` that the step's shard_map names: the `data` dim."""
     return PartitionSpec(*('data' if axis == 'data' else None for axis in self.stored))

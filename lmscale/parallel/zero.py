@@ -3,14 +3,19 @@
 Stage 0 keeps everything whole. Stage 1 cuts optimizer and master; stage 2 the reduced gradients too; both gather each
 parameter once per step, before the accumulation loop. Stage 3 gathers each layer's parameters where they are used, again
 in the recomputation, and scatters their gradients in the same place.
+
+Every collective runs in a nested shard_map over `tensor`, on the shards that tensor parallelism leaves: in the compiler's
+hands it would first be made whole over `tensor`.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from lmscale.parallel.layout import LeafLayout, map_layout
 
@@ -29,36 +34,49 @@ def gather_once(layout: Any, params: Any, dtype: Any) -> Any:
       return x
     return jax.lax.all_gather(x, 'data', axis=leaf.stacked_data_dim, tiled=True)
 
-  return map_layout(gather, layout, params)
+  specs = map_layout(lambda leaf: leaf.kept, layout)
+  return _on_tensor_shards(lambda tree: map_layout(gather, layout, tree), specs)(params)
 
 
-def gather_where_used(layout: Any, params: Any, dtype: Any, grad_dtype: Any) -> Any:
+def gather_where_used(layout: Any, params: Any, microbatch: jax.Array, dtype: Any, grad_dtype: Any) -> Any:
   """Stage 3: one layer's parameters (or the embedding's, the head's) from their shards.
 
-  Differentiable: the gradient is summed over `data` in `grad_dtype` and comes back as a shard.
+  Differentiable: the gradient is summed over `data` in `grad_dtype` and comes back as a shard. microbatch: any integer
+  scalar that changes from microbatch to microbatch; without it the compiler would see that the gathers repeat, and move
+  them, and so the whole model, out of the accumulation loop.
   """
 
   def gather(leaf: LeafLayout, x: jax.Array) -> jax.Array:
     used = compute_dtype(leaf, dtype)
     if leaf.data_dim is None:
       return x.astype(used)
-    return checkpoint_name(_gather(x, leaf.data_dim, used, jnp.dtype(grad_dtype)), 'gathered')
+    how = _Gather(leaf.data_dim, used, jnp.dtype(grad_dtype), leaf.tensor)
+    return checkpoint_name(_gather(x, microbatch, how), 'gathered')
 
   return map_layout(gather, layout, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(x: jax.Array, dim: int, dtype: Any, grad_dtype: Any) -> jax.Array:
-  return jax.lax.all_gather(x.astype(dtype), 'data', axis=dim, tiled=True)
+class _Gather(NamedTuple):
+  dim: int
+  dtype: Any
+  grad_dtype: Any
+  tensor: PartitionSpec
 
 
-def _gather_forward(x: jax.Array, dim: int, dtype: Any, grad_dtype: Any) -> tuple[jax.Array, jax.Array]:
-  return _gather(x, dim, dtype, grad_dtype), jnp.zeros((), x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gather(x: jax.Array, microbatch: jax.Array, how: _Gather) -> jax.Array:
+  x, _ = jax.lax.optimization_barrier((x, microbatch))
+  gather = functools.partial(jax.lax.all_gather, axis_name='data', axis=how.dim, tiled=True)
+  return _on_tensor_shards(gather, how.tensor)(x.astype(how.dtype))
 
 
-def _gather_backward(dim: int, dtype: Any, grad_dtype: Any, like: jax.Array, ct: jax.Array) -> tuple[jax.Array]:
-  scattered = jax.lax.psum_scatter(ct.astype(grad_dtype), 'data', scatter_dimension=dim, tiled=True)
-  return (scattered.astype(like.dtype),)
+def _gather_forward(x: jax.Array, microbatch: jax.Array, how: _Gather) -> tuple[jax.Array, jax.Array]:
+  return _gather(x, microbatch, how), jnp.zeros((), x.dtype)
+
+
+def _gather_backward(how: _Gather, like: jax.Array, ct: jax.Array) -> tuple[jax.Array, None]:
+  scatter = functools.partial(jax.lax.psum_scatter, axis_name='data', scatter_dimension=how.dim, tiled=True)
+  return _on_tensor_shards(scatter, how.tensor)(ct.astype(how.grad_dtype)).astype(like.dtype), None
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -81,7 +99,13 @@ def reduce_gradients(layout: Any, grads: Any, stage: int) -> Any:
       return jax.lax.psum_scatter(g, 'data', scatter_dimension=dim, tiled=True)
     return g
 
-  return map_layout(reduce, layout, grads)
+  specs = map_layout(lambda leaf: leaf.kept, layout)
+  return _on_tensor_shards(lambda tree: map_layout(reduce, layout, tree), specs)(grads)
+
+
+def _on_tensor_shards(function: Callable, specs: Any) -> Callable:
+  """`function` of one tree, run on each device's `tensor` shards; what goes in and comes out is cut by `specs`."""
+  return jax.shard_map(function, in_specs=(specs,), out_specs=specs, axis_names={'tensor'}, check_vma=False)
 
 
 def _own_shard(x: jax.Array, dim: int) -> jax.Array:

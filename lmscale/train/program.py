@@ -173,7 +173,7 @@ class Program:
     slices = {index[1].indices(per)[:2] for index in self._rows.addressable_devices_indices_map((1, per, 1)).values()}
     start, stop = min(s for s, _ in slices), max(s for _, s in slices)
     if (start, stop) == (0, per):
-      return [range(0, rows)]
+      return [range(rows)]
     ranges = [range(i + s, min(i + e, rows)) for i in range(0, rows, per) for s, e in sorted(slices)]
     return [r for r in ranges if len(r)]
 

@@ -22,7 +22,7 @@ from lmscale.kernels.cross_entropy import cross_entropy
 from lmscale.models import model, stack
 from lmscale.models.context import Context
 from lmscale.parallel import zero
-from lmscale.parallel.layout import LeafLayout, make_layout, map_layout
+from lmscale.parallel.layout import make_layout, map_layout
 from lmscale.parallel.mesh import MANUAL
 from lmscale.parallel.rules import make_constrain, make_rules
 from lmscale.train.optimizer import apply_update, decays, global_norm, make_optimizer
@@ -47,6 +47,11 @@ class Plan:
   def master_dtype(self) -> Any:
     """float32, or float64 in a float64 run."""
     return jnp.promote_types(jnp.float32, self.dtype)
+
+  @property
+  def grad_dtype(self) -> Any:
+    """Of accumulation and reduction: train.grad_dtype, or float64 in a float64 run."""
+    return self.dtype if self.dtype == jnp.float64 else jnp.dtype(self.config.train.grad_dtype)
 
 
 def make_step_plan(config: Config, mesh: Mesh) -> Plan:
@@ -93,9 +98,7 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, dic
 def make_gradients(plan: Plan) -> Callable[[Any, Batch], tuple[Any, jax.Array, jax.Array]]:
   """(params, batch) -> (gradients of the summed loss cut like the masters, summed loss, counted labels)."""
   config = plan.config
-  grad_dtype = jnp.promote_types(config.train.grad_dtype, plan.dtype) if plan.dtype == jnp.float64 else jnp.dtype(
-    config.train.grad_dtype
-  )
+  grad_dtype = plan.grad_dtype
   loss_fn = make_loss(plan, differentiated=True)
 
   def local(params: Any, batch: Batch) -> tuple[Any, jax.Array, jax.Array]:
@@ -130,16 +133,15 @@ def make_loss(plan: Plan, differentiated: bool) -> Callable[[Any, Batch], tuple[
   constrain = make_constrain(config, make_rules(config))
   remat = config.train.remat if differentiated else 'none'
   outer = {part: leaves for part, leaves in plan.layout.items() if part != 'layers'}
-  grad_dtype = jnp.promote_types(config.train.grad_dtype, plan.dtype)
-
-  def gather(layout: Any, params: Any) -> Any:
-    return zero.gather_where_used(layout, params, plan.dtype, grad_dtype)
 
   layer_layout = {kind: leaves for run, (unit, _) in zip(plan.layout['layers'], plan.runs, strict=True)
                   for kind, leaves in zip(unit, run, strict=True)}
   stage3 = config.mesh.zero == 3
 
   def loss(params: Any, microbatch: Batch) -> tuple[jax.Array, jax.Array]:
+    def gather(layout: Any, params: Any) -> Any:
+      return zero.gather_where_used(layout, params, microbatch['tokens'][0, 0], plan.dtype, plan.grad_dtype)
+
     ctx = Context(
       positions=microbatch['positions'],
       segment_ids=microbatch['segment_ids'],
