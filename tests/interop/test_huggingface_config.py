@@ -1,0 +1,130 @@
+import json
+import math
+import pathlib
+
+import pytest
+
+from lmscale.config import ModelConfig
+from lmscale.errors import ConfigError
+from lmscale.interop.huggingface_config import read_config
+
+GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
+NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
+
+
+def config_values(name: str) -> dict:
+  return json.loads((GOLDENS / name / 'config.json').read_text())
+
+
+def test_fields_of_each_family():
+  llama = read_config(config_values('llama'))
+  assert (llama.pattern, llama.d_model, llama.vocab, llama.tied, llama.bias) == ('*-*-', 36, 97, False, False)
+  assert (llama.norm, llama.norm_eps, llama.mlp.activation, llama.mlp.d_ff) == ('rmsnorm', 2e-3, 'swiglu', 47)
+  assert (llama.positions, llama.rope_fraction, llama.rope_base) == ('rope', 1.0, 500.0)
+  assert (llama.attention.heads, llama.attention.kv_heads, llama.attention.head_dim) == (6, 2, 10)
+  nemotron = read_config(config_values('nemotron_bias'))
+  assert (nemotron.norm, nemotron.mlp.activation, nemotron.rope_fraction) == ('layernorm1p', 'gelu', 0.25)
+  assert nemotron.tied and nemotron.bias
+  hybrid = read_config(config_values('nemotron_h'))
+  assert (hybrid.pattern, hybrid.positions, hybrid.mlp.activation) == ('M-*M-', 'none', 'relu2')
+  assert (hybrid.mamba2.heads, hybrid.mamba2.head_dim, hybrid.mamba2.groups, hybrid.mamba2.state) == (6, 5, 3, 7)
+  mamba = read_config(config_values('mamba_untied'))
+  assert (mamba.pattern, mamba.mamba.d_inner, mamba.mamba.dt_rank, mamba.mamba.state) == ('mm', 54, 2, 5)
+
+
+def test_tying():
+  assert not read_config(config_values('nemotron_h_gelu')).tied  # the file says true, transformers never ties it
+  values = config_values('mamba')
+  del values['tie_word_embeddings']  # older files leave the family's default out
+  assert read_config(values).tied
+  values = config_values('mamba2')
+  del values['tie_word_embeddings']
+  assert not read_config(values).tied
+
+
+@pytest.mark.parametrize('kinds', [None, ['mamba', 'mlp', 'attention', 'mamba', 'mlp']])
+def test_older_names_of_nemotron_h(kinds):
+  values = config_values('nemotron_h')
+  today = read_config(values)
+  del values['layers_block_type']
+  values |= {'layers_block_type': kinds} if kinds else {'hybrid_override_pattern': 'M-*M-'}
+  values['attention_head_dim'] = values.pop('head_dim')
+  values['mamba_n_groups'] = values.pop('n_groups')
+  assert read_config(values) == today
+
+
+@pytest.mark.parametrize('name', ['llama', 'nemotron'])
+def test_older_names_of_rotary_positions(name):
+  values = config_values(name)
+  today = read_config(values)
+  rope = values.pop('rope_parameters')
+  values |= {'rope_theta': rope['rope_theta'], 'rope_scaling': None}
+  if 'partial_rotary_factor' in rope and name == 'llama':
+    values['partial_rotary_factor'] = rope['partial_rotary_factor']
+  assert read_config(values) == today  # Nemotron's default fraction is 0.5
+
+
+@pytest.mark.parametrize(
+  'limit', [[0.0, {'__float__': 'Infinity'}], [0.0, math.inf], [0, math.inf], None, [{'__float__': '0'}, math.inf]]
+)
+def test_spellings_of_no_dt_limit(limit):
+  values = config_values('mamba2')
+  assert read_config(values | {'time_step_limit': limit}) == read_config(values)
+  assert math.isinf(json.loads('[0.0, Infinity]')[1])
+
+
+@pytest.mark.parametrize(
+  ('name', 'change', 'message'),
+  [
+    ('llama', {'model_type': 'gpt2'}, "model_type: 'gpt2' is not supported; supported: llama"),
+    ('llama', {'model_type': ['llama']}, 'model_type: '),
+    ('llama', {'hidden_size': None}, 'hidden_size: missing'),
+    ('llama', {'hidden_size': 36.0}, 'hidden_size: 36.0 is not an integer'),
+    ('llama', {'num_hidden_layers': 10**9}, 'num_hidden_layers: 1000000000 is not an integer from 1 to 10000'),
+    ('llama', {'num_key_value_heads': 4}, 'kv_heads: 4 does not divide model.attention.heads 6'),
+    ('llama', {'hidden_act': 'relu2'}, "hidden_act: 'relu2' is not supported"),
+    ('llama', {'attention_bias': True}, 'mlp_bias: False, but attention_bias is True'),
+    ('llama', {'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5}}, "rope_parameters.rope_type: 'llama3'"),
+    ('llama', {'rope_scaling': {'type': 'linear', 'factor': 2}}, "rope_scaling.rope_type: 'linear'"),
+    ('llama', {'rope_parameters': {'full': {'rope_theta': 1e4}}}, 'rope_parameters: '),
+    ('llama', {'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor: 0.5: Llama rotates'),
+    ('nemotron', {'sliding_window': 128}, 'sliding_window: 128 is not supported'),
+    ('nemotron', {'hidden_act': 'silu'}, "hidden_act: 'silu' is not supported"),
+    ('nemotron_h', {'use_bias': True}, 'use_bias: True is not supported'),
+    ('nemotron_h', {'mlp_bias': True}, 'mlp_bias: True is not supported'),
+    ('nemotron_h', {'mlp_hidden_act': 'silu'}, "mlp_hidden_act: 'silu' is not supported; supported: relu2"),
+    ('nemotron_h', {'mamba_hidden_act': 'gelu'}, "mamba_hidden_act: 'gelu' is not supported"),
+    ('nemotron_h', {'layers_block_type': ['mlp', 'moe']}, "layers_block_type: 'moe' is not supported"),
+    ('nemotron_h', {'layers_block_type': None, 'hybrid_override_pattern': 'ME'}, "hybrid_override_pattern: 'ME'"),
+    ('nemotron_h', {'num_nextn_predict_layers': 1}, 'num_nextn_predict_layers: 1'),
+    ('nemotron_h', {'sliding_window': 128}, 'sliding_window: 128'),
+    ('nemotron_h', {'time_step_min': 0.001}, 'time_step_min: transformers raises every dt below 0.001'),
+    ('nemotron_h', {'time_step_min': None}, 'time_step_min: transformers raises every dt below 0.001'),
+    ('mamba2', {'n_groups': 4}, 'groups: 4 does not divide model.mamba2.heads 6'),
+    ('mamba2', {'num_heads': 3}, r'expand: 2 \* hidden_size 27 = 54, but num_heads 3 \* head_dim 9 = 27'),
+    ('mamba2', {'time_step_limit': [0.01, math.inf]}, 'time_step_limit: transformers raises every dt below 0.01'),
+    ('mamba2', {'time_step_limit': [0.0, 0.1]}, 'time_step_limit: .* upper limit'),
+    ('mamba2', {'time_step_limit': [0.0, -math.inf]}, 'time_step_limit: .* upper limit'),
+    ('mamba2', {'use_conv_bias': False}, 'use_conv_bias: False is not supported'),
+    ('mamba', {'hidden_act': 'relu'}, "hidden_act: 'relu' is not supported"),
+    ('mamba', {'time_step_rank': 0}, 'time_step_rank: 0 is not an integer'),
+    ('mamba', {'expand': math.inf}, 'expand: inf is not an integer'),
+  ],
+)
+def test_what_is_refused(name, change, message):
+  with pytest.raises(ConfigError, match=f'^(model.attention.|model.mamba2.)?{message}') as error:
+    read_config(config_values(name) | change)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_any_value_gives_a_config_or_one_line(name):
+  strange = [None, True, -1, 0, 1, 3, 2.5, 1e308, 10**400, math.nan, math.inf, 'x\n', 'auto', [], [1], ['mlp'], {}]
+  strange += [{'__float__': 'x'}, {'__float__': []}, {'rope_theta': None}, [[]], [None, None]]
+  values = config_values(name)
+  for field in [*values, 'rope_scaling', 'hybrid_override_pattern']:
+    for value in strange:
+      try:
+        assert isinstance(read_config(values | {field: value}), ModelConfig)
+      except ConfigError as error:
+        assert str(error).isprintable() and len(str(error)) < 300
