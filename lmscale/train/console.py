@@ -1,0 +1,109 @@
+"""What a person sees while a run trains: a progress bar on a terminal, plain lines elsewhere. No colours, only text."""
+
+import math
+import sys
+import time
+from typing import Any, Self, TextIO
+
+import tqdm
+
+# Dense bf16 FLOP/s of one device, from the makers' data sheets, by a part of jax.Device.device_kind. The first that
+# fits counts.
+BF16_PEAKS = (
+  ('A100', 312e12), ('H100 NVL', 835e12), ('H100 PCIe', 756e12), ('H100', 989e12), ('H200', 989e12), ('GH200', 989e12),
+  ('B200', 2250e12), ('TPU v4', 275e12), ('TPU v5 lite', 197e12), ('TPU v5e', 197e12), ('TPU v5p', 459e12),
+  ('TPU v5', 459e12), ('TPU v6 lite', 918e12), ('TPU v6e', 918e12),
+)  # fmt: skip
+
+
+def device_peak_flops(device_kind: str, dtype: str) -> float | None:
+  """Peak dense matmul FLOP/s of one device (jax's `device_kind`) in a compute dtype; None where it is not known.
+
+  Only bfloat16 has one meaning: float32 matmuls run in TF32, in three bf16 passes or in full, as the precision says.
+  """
+  if dtype != 'bfloat16':
+    return None
+  return next((peak for part, peak in BF16_PEAKS if part.lower() in device_kind.lower()), None)
+
+
+class Console:
+  """Progress and messages on `stream` (standard error by default); a context manager.
+
+  flops_per_token: forward and backward, for the model FLOP/s. peak_flops: of all devices together, for the MFU, or None.
+  every: seconds between lines where `stream` is no terminal.
+  """
+
+  def __init__(
+    self,
+    steps: int,
+    start: int,
+    flops_per_token: float,
+    peak_flops: float | None,
+    stream: TextIO | None = None,
+    every: float = 10.0,
+  ):
+    self._stream = stream or sys.stderr
+    self._flops, self._peak, self._every = flops_per_token, peak_flops, every
+    self._steps, self._start, self._said = steps, start, -math.inf
+    self._bar = None
+    if self._stream.isatty():
+      style = '{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]'
+      self._bar = tqdm.tqdm(
+        total=steps, initial=start, file=self._stream, dynamic_ncols=True, bar_format=style, ascii=not self._unicode()
+      )
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    if self._bar:
+      self._bar.close()
+
+  def step(self, step: int, metrics: dict[str, Any], rate: float | None, seconds_left: float | None) -> None:
+    """Shows that `step` steps are done. rate: tokens/s, and the time left, None while only compilation was timed."""
+    parts = [f'loss {metrics["loss"]:.4f}']
+    if rate:
+      parts += [f'{quantity(rate)}tok/s', f'{quantity(rate * self._flops)}FLOP/s']
+      parts += [f'MFU {100 * rate * self._flops / self._peak:.1f}%'] if self._peak else []
+    parts += [f'grad {metrics["grad_norm"]:.3g}', f'lr {metrics["learning_rate"]:.3g}']
+    parts += [f'ETA {duration(seconds_left)}'] if seconds_left is not None else []
+    if self._bar is not None:
+      self._bar.set_postfix_str('  '.join(parts), refresh=False)
+      self._bar.update(step - self._bar.n)
+      return
+    now = time.monotonic()
+    if now - self._said >= self._every or step in (self._start + 1, self._steps):
+      self._said = now
+      self.say(f'step {step}/{self._steps}  ' + '  '.join(parts))
+
+  def say(self, text: str) -> None:
+    """Prints a message above the bar. Characters that the stream cannot encode are escaped."""
+    encoding = getattr(self._stream, 'encoding', None) or 'utf-8'
+    text = text.encode(encoding, 'backslashreplace').decode(encoding)
+    if self._bar is not None:
+      self._bar.write(text, file=self._stream)
+    else:
+      print(text, file=self._stream, flush=True)
+
+  def _unicode(self) -> bool:
+    return (getattr(self._stream, 'encoding', None) or '').lower().replace('-', '') == 'utf8'
+
+
+def quantity(value: float) -> str:
+  """A number to three digits with an SI prefix: 1234567 -> `1.23 M`."""
+  prefixes = ' kMGTPEZ'
+  if not value or not math.isfinite(value):
+    return f'{value:g} '
+  power = max(0, min(len(prefixes) - 1, math.floor(math.log10(abs(value)) / 3 + 1e-12)))
+  return f'{value / 1000**power:.3g} {prefixes[power].strip()}'
+
+
+def duration(seconds: float) -> str:
+  """Seconds as `45s`, `3:07`, `2:05:00` or `3d 04:00`."""
+  whole = max(0, round(seconds))
+  minutes, hours, days = whole // 60 % 60, whole // 3600 % 24, whole // 86400
+  if days:
+    return f'{days}d {hours:02}:{minutes:02}'
+  if whole >= 3600:
+    return f'{hours}:{minutes:02}:{whole % 60:02}'
+  return f'{minutes}:{whole % 60:02}' if minutes else f'{whole}s'

@@ -1,0 +1,75 @@
+"""Lines without a terminal, a bar with one, and streams that cannot say everything."""
+
+import io
+
+import pytest
+
+from lmscale.train.console import Console, device_peak_flops, duration, quantity
+
+
+class Stream(io.TextIOWrapper):
+  def __init__(self, encoding='utf-8', tty=False):
+    super().__init__(io.BytesIO(), encoding=encoding)
+    self._tty = tty
+
+  def isatty(self):
+    return self._tty
+
+  def text(self):
+    self.flush()
+    return self.buffer.getvalue().decode(self.encoding)
+
+
+METRICS = {'loss': 2.34567, 'grad_norm': 0.8123, 'learning_rate': 0.001}
+
+
+def test_plain_lines_carry_everything_but_not_too_often():
+  stream = Stream()
+  with Console(1000, 0, flops_per_token=6e6, peak_flops=1e12, stream=stream, every=3600) as console:
+    console.step(1, METRICS, None, None)
+    for step in range(2, 1001):
+      console.step(step, METRICS, 12345.0, 187.0)
+  lines = stream.text().splitlines()
+  assert lines[0] == 'step 1/1000  loss 2.3457  grad 0.812  lr 0.001'
+  assert lines[1:] == [
+    'step 1000/1000  loss 2.3457  12.3 ktok/s  74.1 GFLOP/s  MFU 7.4%  grad 0.812  lr 0.001  ETA 3:07'
+  ]
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'ascii'])
+def test_terminal_gets_a_bar_and_messages_above_it(encoding, monkeypatch):
+  monkeypatch.setenv('NO_COLOR', '1')
+  stream = Stream(encoding, tty=True)
+  with Console(10, 4, 6e6, None, stream=stream) as console:
+    console.step(7, METRICS, 12345.0, 3.0)
+    console.say('caf\u00e9 \u2713')
+  text = stream.text()
+  assert '7/10' in text and 'loss 2.3457' in text and 'MFU' not in text
+  assert ('caf\u00e9 \u2713' if encoding == 'utf-8' else 'caf\\xe9 \\u2713') in text
+  assert '\x1b[3' not in text  # no colours
+
+
+def test_non_finite_numbers_are_shown():
+  stream = Stream()
+  with Console(2, 0, 1.0, None, stream=stream) as console:
+    console.step(1, METRICS | {'loss': float('nan')}, None, None)
+  assert 'loss nan' in stream.text()
+
+
+def test_quantities_and_durations():
+  got = [quantity(x) for x in (0, 7.5, 999.0, 1000.0, 1234567, 9.89e14)]
+  assert got == ['0 ', '7.5 ', '999 ', '1 k', '1.23 M', '989 T']
+  assert [duration(x) for x in (0, 45.4, 187, 7500, 273600)] == ['0s', '45s', '3:07', '2:05:00', '3d 04:00']
+
+
+@pytest.mark.parametrize(
+  ('kind', 'peak'),
+  [
+    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA H200', 989e12), ('NVIDIA B200', 2250e12), ('TPU v4', 275e12), ('TPU v5 lite', 197e12), ('TPU v5p', 459e12),
+    ('TPU v5', 459e12), ('TPU v6 lite', 918e12), ('cpu', None),
+  ],
+)  # fmt: skip
+def test_peaks(kind, peak):
+  assert device_peak_flops(kind, 'bfloat16') == peak
+  assert device_peak_flops(kind, 'float32') is None
