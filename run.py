@@ -1,0 +1,177 @@
+"""Train a language model, or plan a training run.
+
+  python run.py                                          the quickstart, a few minutes on a laptop
+  python run.py --config=configs/mamba_study.py:arch=mamba2,size=tiny --config.train.steps=100
+  python run.py --config=configs/megatron_gpt.py:size=1t --job=plan --config.mesh.data=6
+  python run.py --config=runs/quickstart/config.json --workdir=runs/again
+
+The same command with the same --workdir resumes. A mistake in a flag or a config is one line on stderr and exit code 2.
+"""
+
+import argparse
+import difflib
+import json
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+
+from lmscale import recipes
+from lmscale.config import Config, ConfigError
+from lmscale.validate import check_mesh, fill_data, resolve_mesh
+
+JOBS = ('train', 'plan')
+DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'quickstart.py'
+USER_ERROR = 2
+EXTRAS = {'lm_eval': 'eval', 'transformers': 'hf', 'torch': 'hf'}  # imported package -> the extra that brings it
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> None:
+    raise ConfigError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The flags. Overrides of config fields are taken out before argparse sees the rest."""
+  parser = _Parser(
+    'run.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument(
+    '--config',
+    metavar='FILE[:ARG]',
+    default=str(DEFAULT_CONFIG),
+    help='a recipe (.py, with its argument after a colon) or a saved config.json; default: quickstart',
+  )
+  parser.add_argument(
+    '--config.FIELD=VALUE',
+    metavar='',
+    dest='unused',
+    default=argparse.SUPPRESS,
+    help='change one field, for example --config.optimizer.learning_rate=3e-4; may be repeated',
+  )
+  parser.add_argument(
+    '--job',
+    choices=JOBS,
+    default='train',
+    help='plan: print parameters, FLOPs and bytes per device and allocate nothing; '
+    'mesh.data counts as 1 where the config leaves it open',
+  )
+  parser.add_argument(
+    '--workdir', metavar='FOLDER', default='', help='where a run is kept; default: runs/<name of the config>'
+  )
+  parser.add_argument('--json', action='store_true', help='with --job=plan: print JSON')
+  parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+  return parser
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+  """Flags and overrides [(dotted field, text)]. Raises ConfigError for anything else on the command line."""
+  rest, overrides, words = [], [], iter(argv)
+  for word in words:
+    if not word.startswith('--config.'):
+      rest.append(word)
+      continue
+    field, equals, value = word.removeprefix('--config.').partition('=')
+    if not equals and (value := next(words, None)) is None:
+      raise ConfigError(f'{word}: no value; write {word}=VALUE')
+    overrides.append((field, value))
+  parser = make_parser()
+  flags, unknown = parser.parse_known_args(rest)
+  if unknown:
+    raise _unknown_argument(unknown[0], parser)
+  if flags.json and flags.job != 'plan':
+    raise ConfigError('--json: only with --job=plan')
+  return flags, overrides
+
+
+def _unknown_argument(word: str, parser: argparse.ArgumentParser) -> ConfigError:
+  if not word.startswith('-'):
+    hint = f'; write --config.{word}' if '=' in word else '; all arguments are flags, see --help'
+    return ConfigError(f'unexpected argument {word!r}{hint}')
+  known = [name for name in parser._option_string_actions if 'FIELD' not in name]
+  near = difflib.get_close_matches(word.partition('=')[0], known, 1, 0.5)
+  return ConfigError(f'unknown flag {word!r}' + (f'; did you mean {near[0]}?' if near else ', see --help'))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one job; returns the exit code."""
+  argv = sys.argv[1:] if argv is None else argv
+  try:
+    flags, overrides = parse_flags(argv)
+    config = recipes.load(flags.config, overrides)
+    if flags.job == 'plan':
+      return plan_job(config, flags.json)
+    return train_job(config, pathlib.Path(flags.workdir or f'runs/{config.name}'))
+  except ConfigError as error:
+    return _user_error(error, argv)
+  except ModuleNotFoundError as error:
+    package = (error.name or '').partition('.')[0]
+    if package in ('', 'lmscale'):
+      raise
+    extra = EXTRAS.get(package)
+    install = f"pip install -e '.[{extra}]'" if extra else 'make install'
+    return _user_error(ConfigError(f'the package {package} is not installed; install it with: {install}'), argv)
+
+
+def _user_error(error: Exception, argv: Sequence[str]) -> int:
+  if '--debug' in argv:
+    traceback.print_exc()
+  text = ' '.join(str(error).split())
+  print('error: ' + re.sub(r'[^\x20-\x7e\xa0-\U0010ffff]', '?', text), file=sys.stderr)
+  return USER_ERROR
+
+
+def plan_job(config: Config, as_json: bool) -> int:
+  """Prints what a run needs. Devices are not touched; mesh.data = -1 counts as 1."""
+  import jax
+
+  from lmscale.plan.report import format_report, make_report
+
+  jax.config.update('jax_platforms', 'cpu')  # shapes only, but tracing them must not take hold of an accelerator
+  config = fill_data(config, config.mesh.pipe * config.mesh.tensor)
+  check_mesh(config)
+  report = make_report(config)
+  print(json.dumps(report, indent=2) if as_json else format_report(report))
+  return 0
+
+
+def train_job(config: Config, workdir: pathlib.Path) -> int:
+  """Trains until train.steps, or continues a run; returns the loop's exit code."""
+  check_workdir(workdir)
+  config = resolve_mesh(config, count_devices(config))
+
+  from lmscale.plan.report import format_report, make_report
+  from lmscale.train import loop
+  from lmscale.train.program import Program
+
+  print(format_report(make_report(config)))
+  return loop.train(config, workdir, Program)
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+  """Raises ConfigError where `workdir` cannot be a folder; creates nothing."""
+  for path in (workdir, *workdir.absolute().parents):
+    if path.exists():
+      if not path.is_dir():
+        raise ConfigError(f'--workdir: {path} is a file, not a folder')
+      return
+
+
+def count_devices(config: Config) -> int:
+  """The number of devices, after making `emulate` CPU devices where the config asks for them."""
+  import jax
+
+  if not config.emulate:
+    return jax.device_count()
+  jax.config.update('jax_platforms', 'cpu')
+  try:
+    jax.config.update('jax_num_cpu_devices', config.emulate)
+  except RuntimeError as error:
+    if jax.device_count() != config.emulate:
+      raise ConfigError(f'emulate: JAX already runs on {jax.device_count()} devices, not {config.emulate}') from error
+  return jax.device_count()
+
+
+if __name__ == '__main__':
+  sys.exit(main())
