@@ -27,7 +27,7 @@ install: $(installed)  ## make .venv with the pinned dependencies, the test tool
 $(installed): setup.cfg pyproject.toml $(wildcard constraints/*.txt) | interpreter
 	@.venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info[1] != $(minor))' 2>/dev/null \
 	  || $(PYTHON) -m venv --clear .venv
-	@echo 'Installing into .venv: one or two minutes on a fast connection, about 1.1 GB on disk.'
+	@echo 'Installing into .venv (about 1.1 GB on disk).'
 	@.venv/bin/python $(pip) install -c $(pins) setuptools
 	@.venv/bin/python $(pip) install -c $(pins) --no-build-isolation -e '.[test]'
 	@touch $@
