@@ -1,0 +1,114 @@
+"""Bytes per device: ZeRO's table, real shards, and the activation formulas of the papers."""
+
+import math
+
+import jax
+import pytest
+from jax.sharding import NamedSharding
+
+from lmscale.config import Config, ConfigError, from_dict, resolve_mesh
+from lmscale.parallel.layout import LeafLayout, make_layout
+from lmscale.parallel.mesh import make_mesh
+from lmscale.parallel.rules import make_rules
+from lmscale.plan.memory import bytes_per_device, layer_activations, stage_layers, zero_bytes
+from lmscale.plan.parameters import parameter_count
+from lmscale.validate import check_mesh
+
+H, SEQ = 512, 256
+
+
+def build(mesh: dict, train: dict | None = None, model: dict | None = None) -> Config:
+  model = {'pattern': 'Mm*-', 'vocab': 264, 'attention': {'heads': 8, 'kv_heads': 4}} | (model or {})
+  return from_dict({'mesh': mesh, 'train': {'batch': 64} | (train or {}), 'model': model})
+
+
+def gpt(mesh: dict, remat: str = 'none', dtype: str = 'bfloat16') -> Config:
+  attention = {'heads': 8, 'kv_heads': 8, 'head_dim': H // 8}
+  model = {'pattern': '*-' * 4, 'd_model': H, 'attention': attention, 'mlp': {'d_ff': 4 * H}}
+  return build({'data': 1} | mesh, {'compute_dtype': dtype, 'remat': remat}, model)
+
+
+def test_zero_table():
+  """arXiv 1910.02054, figure 1: 7.5B parameters on 64 ranks."""
+  gigabytes = [zero_bytes(7.5e9, 64, stage) / 1e9 for stage in range(4)]
+  assert gigabytes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+@pytest.mark.parametrize('zero', [0, 1, 2, 3])
+@pytest.mark.parametrize('tensor', [1, 2, 8])
+def test_stored_bytes_are_those_of_the_real_shards(zero, tensor):
+  """Master and moments, from the shardings that the program places its arrays with."""
+  config = resolve_mesh(build({'tensor': tensor, 'zero': zero}), 8)
+  mesh = make_mesh(config.mesh)
+  layout = make_layout(config, None, make_rules(config))
+  leaves = jax.tree.leaves(layout, is_leaf=lambda leaf: isinstance(leaf, LeafLayout))
+  shards = [NamedSharding(mesh, leaf.stored).shard_shape(leaf.spec.shape) for leaf in leaves]
+  stored = 4 * sum(math.prod(shape) for shape in shards)
+  plan = bytes_per_device(config)
+  assert plan['optimizer'] == 2 * stored
+  whole = sum(
+    4 * math.prod(NamedSharding(mesh, leaf.tensor).shard_shape(leaf.spec.shape))
+    for leaf in leaves
+    if leaf.data_dim is not None
+  )
+  assert plan['parameters'] == stored + (whole if zero in (1, 2) else 0)
+
+
+def test_groups_follow_the_zero_table():
+  plans = [bytes_per_device(resolve_mesh(build({'zero': zero}), 8)) for zero in range(4)]
+  total = parameter_count(build({}).model)
+  assert plans[0]['parameters'] == plans[0]['gradients'] == 4 * total
+  assert plans[0]['optimizer'] == 8 * total
+  assert plans[1]['gradients'] == 4 * total
+  assert plans[1]['optimizer'] == pytest.approx(total, rel=0.06)  # what only `tensor` can cut stays whole
+  assert plans[2]['gradients'] == pytest.approx(total / 2, rel=0.06)
+  assert plans[3]['parameters'] == pytest.approx(total / 2, rel=0.06)
+  assert plans[3]['gradients'] == plans[2]['gradients']
+  for plan in plans:
+    assert plan['total'] == sum(n for group, n in plan.items() if group != 'total')
+
+
+def test_dtypes():
+  single = {'data': 1, 'zero': 0}
+  total = parameter_count(build({}).model)
+  bf16 = bytes_per_device(build(single, {'compute_dtype': 'bfloat16'}))
+  assert 5.9 * total < bf16['parameters'] < 6 * total  # 4 + 2, but norms and decays have no copy
+  assert bytes_per_device(build(single, {'grad_dtype': 'bfloat16'}))['gradients'] == 2 * total
+  double = bytes_per_device(build(single, {'compute_dtype': 'float64'}))
+  assert (double['parameters'], double['gradients'], double['optimizer']) == (8 * total, 8 * total, 16 * total)
+
+
+def test_activations_of_a_transformer_layer():
+  """arXiv 2205.05198, section 4, without its dropout masks: 32 s b h; under tensor parallel 8 + 24 / t."""
+  for tensor in (1, 2, 4):
+    config = gpt({'tensor': tensor})
+    per_token = layer_activations(config, '*', 'selective') + layer_activations(config, '-', 'selective')
+    assert per_token == H * (8 + 24 / tensor)
+    scores = layer_activations(config, '*', 'none') - layer_activations(config, '*', 'selective')
+    assert scores == 6 * 8 * SEQ / tensor
+
+
+def test_rematerialisation_orders_activations():
+  full, selective, none = (bytes_per_device(gpt({}, remat))['activations'] for remat in ('full', 'selective', 'none'))
+  assert full < selective < none
+  deeper = build({'data': 1}, {'compute_dtype': 'bfloat16', 'remat': 'full'}, {'pattern': 'M' * 9})
+  shallow = build({'data': 1}, {'compute_dtype': 'bfloat16', 'remat': 'full'}, {'pattern': 'M' * 8})
+  extra = bytes_per_device(deeper)['activations'] - bytes_per_device(shallow)['activations']
+  assert extra == 2 * 128 * SEQ  # one layer's input: 2 s b h
+
+
+def test_sequence_parallel_cuts_the_stream():
+  cut, whole = (gpt({'tensor': 4, 'sequence_parallel': s}, 'full') for s in (True, False))
+  assert bytes_per_device(cut)['activations'] < bytes_per_device(whole)['activations']
+
+
+def test_pipeline_stages():
+  config = gpt({'pipe': 4})
+  assert stage_layers(config) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+  assert stage_layers(gpt({'pipe': 3})) == [range(0, 3), range(3, 6), range(6, 8)]
+  cut = build({'pipe': 2, 'data': 1}, model={'pattern': 'M-*|-'})
+  assert stage_layers(cut) == [range(0, 3), range(3, 4)]
+  one, four = bytes_per_device(gpt({'pipe': 1})), bytes_per_device(config)
+  assert four['optimizer'] < one['optimizer'] / 2
+  with pytest.raises(ConfigError, match='mesh.pipe: 9 stages for the 8 layers'):
+    check_mesh(gpt({'pipe': 9}))
