@@ -1,0 +1,124 @@
+"""Each layer kind: packing, decoding, dtypes, counts."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lmscale.models import model, stack
+from lmscale.models.context import Context, plain_context
+from lmscale.models.layers import rope
+
+KINDS = {'M': 'M', 'm': 'm', '*': '*', '-': '-', 'all': 'M-m*'}
+
+
+def _logits(config, params, tokens, ctx=None):
+  hidden, _, _ = model.forward(config, params, tokens, ctx or plain_context(tokens))
+  return model.logits(config, params, hidden)
+
+
+@pytest.mark.parametrize('pattern', KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize('positions', ['rope', 'learned'])
+def test_packed_documents_equal_documents_alone(pattern, positions):
+  config = tiny.change(tiny.MODEL, pattern=pattern, positions=positions, max_positions=16)
+  with jax.enable_x64(True):
+    params = model.init_layers(config, 0, jnp.float64)
+    tokens = jax.random.randint(jax.random.key(1), (1, 16), 0, config.vocab)
+    cuts = [0, 5, 6, 13, 16]
+    segments = np.repeat([1, 2, 3, 0], np.diff(cuts))[None]
+    positions = np.concatenate([np.arange(n) for n in np.diff(cuts)])[None]
+    packed = _logits(config, params, tokens, Context(jnp.asarray(positions), jnp.asarray(segments)))
+    for start, stop in zip(cuts[:-2], cuts[1:-1], strict=True):
+      alone = _logits(config, params, tokens[:, start:stop])
+      np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-10)
+
+
+@pytest.mark.parametrize('pattern', KINDS.values(), ids=KINDS)
+def test_decoding_with_caches_equals_one_pass(pattern):
+  config = tiny.change(tiny.MODEL, pattern=pattern)
+  plan = stack.make_plan(config.layers, 'unrolled')
+  with jax.enable_x64(True):
+    params = model.init_layers(config, 0, jnp.float64)
+    params['layers'] = stack.from_layers(params['layers'], plan)
+    tokens = jax.random.randint(jax.random.key(1), (2, 13), 0, config.vocab)
+    hidden, _, _ = model.forward(config, params, tokens, plain_context(tokens), plan=plan)
+    caches = model.empty_caches(config, plan, 2, 13, jnp.float64)
+    parts, start = [], 0
+    for size in (6, 1, 1, 3, 2):
+      part = tokens[:, start : start + size]
+      positions = jnp.broadcast_to(start + jnp.arange(size), part.shape)
+      out, caches, _ = model.forward(config, params, part, Context(positions), caches, plan)
+      parts.append(out)
+      start += size
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), hidden, atol=1e-10)
+
+
+def test_bfloat16_stays_near_float32():
+  params = model.init_layers(tiny.MODEL, 0)
+  tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 40)
+  specs = model.param_specs(tiny.MODEL)
+  low = jax.tree.map(lambda spec, x: x if spec.full_precision else x.astype(jnp.bfloat16), specs, params)
+  exact, rough = _logits(tiny.MODEL, params, tokens), _logits(tiny.MODEL, low, tokens)
+  assert rough.dtype == jnp.float32
+  assert 0 < float(jnp.abs(exact - rough).max()) < 0.1 * float(jnp.abs(exact).max())
+
+
+@pytest.mark.parametrize('norm', ['rmsnorm', 'layernorm', 'layernorm1p'])
+@pytest.mark.parametrize('activation', ['gelu', 'gelu_tanh', 'relu2', 'swiglu', 'geglu'])
+def test_norms_and_activations_against_numpy(norm, activation):
+  config = tiny.change(tiny.MODEL, pattern='-', norm=norm, bias=True, mlp=tiny.change(tiny.MODEL.mlp, activation=activation))
+  with jax.enable_x64(True):
+    layer = {
+      name: np.asarray(jax.random.normal(jax.random.key(i), spec.shape))
+      for i, (name, spec) in enumerate(stack.layer_specs(config, '-').items())
+    }
+    x = np.asarray(jax.random.normal(jax.random.key(99), (1, 3, 16)))
+    y, _, _ = stack.apply_layer(config, '-', layer, jnp.asarray(x), plain_context(np.zeros((1, 3))), None)
+  h = x - x.mean(-1, keepdims=True) if norm != 'rmsnorm' else x
+  h = h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5)
+  h = h * (layer['norm_scale'] + (norm == 'layernorm1p')) + layer.get('norm_bias', 0)
+  erf = np.vectorize(math.erf)
+  functions = {
+    'gelu': lambda a: a * (1 + erf(a / np.sqrt(2))) / 2,
+    'gelu_tanh': lambda a: a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2,
+    'relu2': lambda a: np.maximum(a, 0) ** 2,
+    'swiglu': lambda a: a / (1 + np.exp(-a)),
+  }
+  functions['geglu'] = functions['gelu']
+  up = h @ layer['up_kernel'] + layer['up_bias']
+  if activation in ('swiglu', 'geglu'):
+    up = functions[activation](h @ layer['gate_kernel'] + layer['gate_bias']) * up
+  else:
+    up = functions[activation](up)
+  np.testing.assert_allclose(y, x + up @ layer['down_kernel'] + layer['down_bias'], rtol=1e-9)
+
+
+def test_rope_rotates_only_its_fraction_and_depends_on_distance():
+  with jax.enable_x64(True):
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    np.testing.assert_array_equal(rope(q, jnp.array([[5]]), 0.5, 100.0)[..., 4:], q[..., 4:])
+
+    def score(i, j):
+      return jnp.vdot(rope(q, jnp.array([[i]]), 1.0, 100.0), rope(k, jnp.array([[j]]), 1.0, 100.0))
+
+    np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-9)
+    assert abs(float(score(7, 3) - score(7, 4))) > 1e-3
+
+
+def test_initial_values_follow_the_papers():
+  config = tiny.change(tiny.MODEL, d_model=64, mamba2=tiny.change(tiny.MODEL.mamba2, heads=512, groups=2))
+  layers = model.init_layers(config, 0)['layers']
+  mamba2, mamba = layers[0], layers[4]
+  a = np.exp(mamba2['A_log'])
+  assert a.min() >= 1 and a.max() <= 16 and abs(a.mean() - 8.5) < 1
+  dt = np.log1p(np.exp(np.float64(mamba2['dt_bias'])))
+  assert dt.min() >= 0.99e-3 and dt.max() <= 0.101
+  assert abs(np.log(dt).mean() - np.log(1e-2)) < 0.2
+  np.testing.assert_allclose(np.exp(mamba['A_log']), np.tile(np.arange(1, 5), (32, 1)), rtol=1e-6)
+  assert np.abs(mamba2['conv_x_kernel']).max() <= 0.5
+  assert abs(mamba2['out_kernel'].std() / (0.3 / math.sqrt(6)) - 1) < 0.05
+  assert abs(mamba['dt_kernel'].max() - 3**-0.5) < 0.1
+  assert (mamba2['D'] == 1).all()
