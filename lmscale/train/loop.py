@@ -1,0 +1,304 @@
+"""The training loop: resume or start, then step, log, evaluate, sample, save.
+
+The same command again goes on where the last checkpoint was taken, and what it computes and logs is what an
+uninterrupted run would have: plans and batches are functions of the step number, and metrics.jsonl is on disk up to a
+checkpoint before the checkpoint commits, and cut back to it on resume.
+
+`train` returns the process's exit code. One SIGINT or SIGTERM finishes the step, saves and ends; a second one ends at once.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any, Self
+
+import jax
+
+from lmscale.config import Config
+from lmscale.train.checkpoint import Checkpointer
+from lmscale.train.console import Console, device_peak_flops, quantity
+from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
+from lmscale.train.schedule import Schedule, StepPlan
+from lmscale.train.workdir import Workdir, check_identity
+
+DONE = 0
+NOT_FINITE = 3  # train.nonfinite_budget steps were skipped; the last checkpoint is from before the last of them
+SAVED = 75  # interrupted and saved: run the same command again
+KILLED = 130  # interrupted and not saved
+
+AHEAD = 2  # batches prepared in advance
+
+
+def train(
+  config: Config,
+  program: Any,
+  loader: Any,
+  val_loader: Any,
+  workdir: Workdir,
+  flops_per_token: float,
+  tokenizer: Any = None,
+  bytes_per_token: float = 1.0,
+  reference: float | None = None,
+) -> int:
+  """Trains to config.train.steps and returns an exit code (see the constants above).
+
+  program: see `train.program.Program`. loader, val_loader: rows by sample number; `loader.identity` (JSON) says which
+  data they are. tokenizer: for samples; None where loop.sample_every is 0. bytes_per_token: of the validation text, for
+  bits per byte. reference: a loss to compare with, in nats per token (the order-1 entropy).
+
+  Raises:
+    ConfigError: the checkpoint does not fit the model or the data.
+  """
+  schedule = Schedule(config)
+  peak = device_peak_flops(jax.devices()[0].device_kind, config.train.compute_dtype)
+  peak = peak and peak * jax.device_count()
+  with Interrupt() as interrupt, Checkpointer(workdir.checkpoints, config.loop.keep) as checkpoints:
+    complete = (checkpoints.latest() or 0) >= schedule.steps
+    state, start, skipped = (None, checkpoints.latest(), 0) if complete else _begin(program, loader, workdir, checkpoints)
+    with (
+      MetricsWriter(workdir.path, start) as writer,
+      Console(schedule.steps, min(start, schedule.steps), flops_per_token, peak) as console,
+    ):
+      if start:
+        console.say(f'{"complete" if complete else "going on"}: {workdir.path} is at step {start} of {schedule.steps}')
+      run = Run(
+        config, program, loader, val_loader, tokenizer, bytes_per_token, schedule, checkpoints, writer, console, skipped
+      )
+      code = DONE if complete else run.steps(state, start, interrupt)
+      if code == DONE:
+        _finish(console, checkpoints, workdir, reference)
+  return code
+
+
+def _begin(program: Any, loader: Any, workdir: Workdir, checkpoints: Checkpointer) -> tuple[Any, int, int]:
+  """(state, steps taken, steps skipped) from the newest good checkpoint, or of a new run."""
+  if checkpoints.latest() is None:
+    return program.init(), 0, 0
+  tree, meta = checkpoints.restore(program.abstract_canonical())
+  check_identity(meta['data'], _identity(loader), workdir.path)
+  return program.from_canonical(tree), meta['step'], meta['skipped']
+
+
+@dataclasses.dataclass
+class Run:
+  """The loop with what it reads from and writes to."""
+
+  config: Config
+  program: Any
+  loader: Any
+  val_loader: Any
+  tokenizer: Any
+  bytes_per_token: float
+  schedule: Schedule
+  checkpoints: Checkpointer
+  writer: MetricsWriter
+  console: Console
+  skipped: int  # steps so far
+  clock: 'Clock' = dataclasses.field(default_factory=lambda: Clock())
+
+  def steps(self, state: Any, start: int, interrupt: 'Interrupt') -> int:
+    """Steps from `start` to the end; returns an exit code.
+
+    The order matters. A step's metrics are read after the next step is dispatched, so that the device does not wait for
+    the host; but before anything else is done with the state, they are read, checked and logged.
+    """
+    unread = None
+    for plan, batch in _batches(self.program, self.loader, self.schedule, start):
+      state, metrics = self.program.step(state, batch)
+      if unread and not self.log(*unread):
+        return NOT_FINITE
+      unread = plan, metrics
+      done, stop = plan.step + 1, interrupt.requested
+      if not (stop or any(self.due(every, done) for every in self.intervals)):
+        continue
+      if not self.log(*unread, state if self.due(self.config.loop.eval_every, done) else None):
+        return NOT_FINITE
+      unread = None
+      if self.due(self.config.loop.sample_every, done):
+        self.sample(state, done)
+      if self.config.loop.checkpoint_every and (stop or self.due(self.config.loop.checkpoint_every, done)):
+        self.save(state, plan, wait=stop)
+      if stop and done < self.schedule.steps:
+        return self.stopped(done)
+      self.clock.restart()
+    return DONE
+
+  @property
+  def intervals(self) -> tuple[int, ...]:
+    """How often something other than logging is done with the state."""
+    loop = self.config.loop
+    return loop.eval_every, loop.sample_every, loop.checkpoint_every
+
+  def due(self, every: int, done: int) -> bool:
+    """Whether something done `every` steps (0: never) and at the end is due after `done` steps."""
+    return bool(every) and (done % every == 0 or done == self.schedule.steps)
+
+  def log(self, plan: StepPlan, metrics: dict[str, jax.Array], evaluated: Any = None) -> bool:
+    """Reads and writes a step's metrics, with the validation loss of state `evaluated`; False if the run must stop."""
+    values = jax.device_get(metrics)
+    tokens = plan.batch * self.config.train.seq_len
+    self.clock.add(tokens)
+    done, ok = plan.step + 1, bool(values['ok'])
+    line = {'step': done, 'tokens': plan.tokens + tokens, 'loss': float(values['loss'])}
+    line |= {'grad_norm': float(values['grad_norm']), 'learning_rate': plan.learning_rate}
+    left = self.schedule.total_tokens - line['tokens']
+    self.console.step(done, line, self.clock.rate, left / self.clock.rate if self.clock.rate else None)
+    within_budget = True
+    if not ok:
+      within_budget = self.count_skipped(plan)
+      line |= {'skipped': self.skipped, 'first_sample': plan.first_sample, 'batch': plan.batch}
+    if evaluated is not None and within_budget:
+      line |= self.evaluate(evaluated, done)
+    if self.due(self.config.loop.log_every, done) or evaluated is not None or not ok:
+      self.writer.write({**line, 'tokens_per_second': self.clock.interval()})
+    return within_budget
+
+  def count_skipped(self, plan: StepPlan) -> bool:
+    """Reports a step that was skipped; False once the budget is used up."""
+    self.skipped += 1
+    budget = max(1, self.config.train.nonfinite_budget)
+    last = plan.first_sample + plan.batch - 1
+    self.console.say(
+      f'step {plan.step + 1}: loss or gradient is not finite, step skipped ({self.skipped} of at most {budget}); '
+      f'its samples are {plan.first_sample}..{last}'
+    )
+    if self.skipped < budget:
+      return True
+    at = self.checkpoints.latest()
+    kept = 'there is no checkpoint' if at is None else f'the last checkpoint is of step {at}'
+    self.console.say(
+      f'stopped: {self.skipped} steps were not finite (train.nonfinite_budget {self.config.train.nonfinite_budget}); '
+      f'{kept}. A lower optimizer.learning_rate or a longer warm-up usually helps'
+    )
+    return False
+
+  def evaluate(self, state: Any, done: int) -> dict[str, float]:
+    """The validation loss in nats per token, and in bits per byte."""
+    loss, _ = self.program.evaluate(state, self.val_loader, self.config.loop.eval_samples)
+    bits = loss / math.log(2) / self.bytes_per_token
+    self.console.say(f'step {done}: validation loss {loss:.4f}, {bits:.4f} bits per byte')
+    return {'val_loss': loss, 'val_bits_per_byte': bits}
+
+  def sample(self, state: Any, done: int) -> None:
+    """Writes a sampled text to samples.txt and shows it."""
+    loop = self.config.loop
+    prompt = [int(i) for i in self.tokenizer.encode(loop.sample_prompt)] or [self.tokenizer.end]
+    tokens = self.program.generate(state, prompt, loop.sample_tokens, loop.temperature, self.config.seed + done)
+    text = loop.sample_prompt + self.tokenizer.decode(tokens)
+    self.writer.sample(done, text)
+    self.console.say(f'step {done}: sample\n{text}\n')
+
+  def save(self, state: Any, plan: StepPlan, wait: bool) -> None:
+    """Starts a checkpoint; the log up to this step is on disk first."""
+    self.writer.flush()
+    samples = plan.first_sample + plan.batch
+    meta = {'step': plan.step + 1, 'samples': samples, 'tokens': samples * self.config.train.seq_len}
+    meta |= {'skipped': self.skipped, 'data': _identity(self.loader)}
+    self.checkpoints.save(plan.step + 1, self.program.canonical(state), meta, wait)
+
+  def stopped(self, done: int) -> int:
+    """Says how an interrupted run ended."""
+    if self.config.loop.checkpoint_every:
+      self.console.say(f'stopped and saved at step {done}: run the same command again to go on')
+      return SAVED
+    self.console.say(f'stopped at step {done}; nothing is saved because loop.checkpoint_every is 0')
+    return KILLED
+
+
+def _batches(program: Any, loader: Any, schedule: Schedule, start: int) -> Iterator[tuple[StepPlan, Any]]:
+  """The plans from step `start` with their device batches, which a thread prepares ahead."""
+  with concurrent.futures.ThreadPoolExecutor(1, 'batches') as pool:
+    ahead: collections.deque = collections.deque()
+    for plan in map(schedule.plan, range(start, schedule.steps)):
+      ahead.append((plan, pool.submit(program.batch, plan, loader)))
+      if len(ahead) > AHEAD:
+        ready, batch = ahead.popleft()
+        yield ready, batch.result()
+    while ahead:
+      ready, batch = ahead.popleft()
+      yield ready, batch.result()
+
+
+def _identity(loader: Any) -> Any:
+  """loader.identity as JSON gives it back (tuples become lists)."""
+  return json.loads(json.dumps(loader.identity))
+
+
+def _finish(console: Console, checkpoints: Checkpointer, workdir: Workdir, reference: float | None) -> None:
+  """Draws the loss and says how the run went and where its files are."""
+  checkpoints.wait()
+  lines = read_metrics(workdir.path / 'metrics.jsonl')
+  plot_loss(workdir.path, reference)
+  if lines:
+    loss = 'not finite' if lines[-1]['loss'] is None else f'{lines[-1]["loss"]:.4f}'
+    console.say(f'finished: step {lines[-1]["step"]}, {quantity(lines[-1]["tokens"])}tokens, training loss {loss}')
+  if validation := [line for line in lines if line.get('val_loss') is not None]:
+    loss, bits = validation[-1]['val_loss'], validation[-1]['val_bits_per_byte']
+    console.say(f'validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte')
+    if reference is not None:
+      side = 'below' if loss < reference else 'above'
+      console.say(f'that is {abs(reference - loss):.4f} {side} the order-1 entropy of {reference:.4f} nats per token')
+  names = ('loss.svg', 'metrics.jsonl', 'samples.txt', 'tensorboard', 'checkpoints', 'config.json')
+  console.say(f'files in {workdir.path}: ' + ', '.join(n for n in names if (workdir.path / n).exists()))
+
+
+class Clock:
+  """Tokens per second, from the moments when steps' metrics arrive."""
+
+  def __init__(self) -> None:
+    self._steps = 0
+    self._tokens = self._seconds = 0.0  # without the first step, which compiles
+    self._line_tokens = self._line_seconds = 0.0  # since the last line
+    self.restart()
+
+  def restart(self) -> None:
+    """Leaves out the time since the last step: it went into something else."""
+    self._last = time.monotonic()
+
+  def add(self, tokens: int) -> None:
+    """Another step's metrics have arrived."""
+    now = time.monotonic()
+    seconds, self._last = now - self._last, now
+    self._line_tokens, self._line_seconds = self._line_tokens + tokens, self._line_seconds + seconds
+    if self._steps:
+      self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+    self._steps += 1
+
+  @property
+  def rate(self) -> float | None:
+    """Tokens per second of all steps but the first; None before the second."""
+    return self._tokens / self._seconds if self._seconds else None
+
+  def interval(self) -> float:
+    """Tokens per second since the last call."""
+    rate = self._line_tokens / max(self._line_seconds, 1e-9)
+    self._line_tokens = self._line_seconds = 0.0
+    return rate
+
+
+class Interrupt:
+  """Turns the first SIGINT or SIGTERM into `requested`; the second ends the process with KILLED. A context manager."""
+
+  def __init__(self) -> None:
+    self.requested = False
+
+  def __enter__(self) -> Self:
+    self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number: int, frame: Any) -> None:
+    if self.requested:
+      os._exit(KILLED)
+    self.requested = True
+    text = f'\n{signal.Signals(number).name}: finishing the step and saving; once more ends at once, unsaved\n'
+    os.write(2, text.encode())

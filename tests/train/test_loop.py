@@ -1,0 +1,215 @@
+"""The loop on a fake program: order, resume, what is logged, how it stops."""
+
+import itertools
+import math
+import os
+import signal
+
+import fake_program
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fake_program import CONFIG, SIZE, FakeLoader, FakeProgram, lines, run, stored
+
+from lmscale.errors import ConfigError
+from lmscale.train import loop
+from lmscale.train.schedule import Schedule
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """An uninterrupted run."""
+  folder = tmp_path_factory.mktemp('whole')
+  assert run(folder, reference=2.0) == loop.DONE
+  return folder
+
+
+class StopAfter(FakeProgram):
+  """Sends itself a signal while step `at` (from 0) is dispatched."""
+
+  at = 10
+  number = signal.SIGTERM
+
+  def step(self, state, batch):
+    self.calls = getattr(self, 'calls', 0) + 1
+    if self.calls == self.at + 1:
+      os.kill(os.getpid(), self.number)
+    return super().step(state, batch)
+
+
+def test_a_run_leaves_everything(whole):
+  names = {p.name for p in whole.iterdir()}
+  assert names >= {'config.json', 'environment.json', 'metrics.jsonl', 'samples.txt', 'loss.svg', 'checkpoints'}
+  assert (whole / 'tensorboard').is_dir()
+  assert sorted(int(p.name) for p in (whole / 'checkpoints').iterdir()) == [21, 24]
+  assert stored(whole)[1] == {
+    'step': 24, 'samples': 82, 'tokens': 82 * SIZE, 'skipped': 0, 'data': {'name': 'fake', 'files': [1, 2]}
+  }  # fmt: skip
+  text = (whole / 'samples.txt').read_text()
+  assert text == '=== step 10 ===\ndef 10104\n\n=== step 20 ===\ndef 20204\n\n=== step 24 ===\ndef 24244\n\n'
+
+
+def test_lines(whole):
+  schedule, found = Schedule(CONFIG), lines(whole, timings=True)
+  assert [line['step'] for line in found] == list(range(1, 25))
+  for line in found:
+    plan = schedule.plan(line['step'] - 1)
+    assert line['tokens'] == (plan.first_sample + plan.batch) * SIZE
+    assert line['learning_rate'] == plan.learning_rate
+    assert line['tokens_per_second'] > 0 and line['grad_norm'] > 0
+  assert [line['step'] for line in found if 'val_loss' in line] == [7, 14, 21, 24]
+  last = found[-1]
+  assert last['val_bits_per_byte'] == last['val_loss'] / math.log(2)
+  assert last['val_loss'] < found[6]['val_loss'] and last['tokens'] == schedule.total_tokens
+
+
+def test_a_complete_run_says_so(whole, capsys):
+  before = (whole / 'metrics.jsonl').read_bytes()
+  assert run(whole) == loop.DONE
+  err = capsys.readouterr().err
+  assert 'complete' in err and 'step 24 of 24' in err and 'files in' in err
+  assert (whole / 'metrics.jsonl').read_bytes() == before
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_saves_and_the_run_goes_on(tmp_path, whole, number, capfd):
+  program = type('Stop', (StopAfter,), {'number': number})
+  before = signal.getsignal(number)
+  assert run(tmp_path, program=program) == loop.SAVED == 75
+  assert signal.getsignal(number) == before
+  assert stored(tmp_path)[1]['step'] == 11  # between two checkpoints
+  assert number.name in capfd.readouterr().err
+  assert run(tmp_path) == loop.DONE
+  assert stored(tmp_path, 24) == stored(whole, 24)
+  assert lines(tmp_path) == lines(whole)
+  assert (tmp_path / 'samples.txt').read_text() == (whole / 'samples.txt').read_text()
+
+
+def test_a_signal_in_the_last_step_is_a_finished_run(tmp_path):
+  assert run(tmp_path, {'train.steps': 4}, program=type('Stop', (StopAfter,), {'at': 3})) == loop.DONE
+
+
+def test_without_checkpoints_a_signal_saves_nothing(tmp_path):
+  assert run(tmp_path, {'loop.checkpoint_every': 0}, program=StopAfter) == loop.KILLED
+  assert not list((tmp_path / 'checkpoints').iterdir())
+
+
+def test_resume_from_an_earlier_checkpoint_and_longer(tmp_path):
+  """With the end of the decay fixed, 12 steps and then 24 are the same run as 24 at once, but for the extra lines."""
+  fixed = {'optimizer.decay_tokens': 82 * SIZE}
+  assert run(tmp_path / 'once', fixed) == loop.DONE
+  assert run(tmp_path / 'twice', {**fixed, 'train.steps': 12}) == loop.DONE
+  assert run(tmp_path / 'twice', fixed) == loop.DONE
+  assert stored(tmp_path / 'twice') == stored(tmp_path / 'once')
+  with pytest.raises(ConfigError, match=r'optimizer.beta1: 0.9 -> 0.8'):
+    run(tmp_path / 'twice', {**fixed, 'optimizer.beta1': 0.8})
+
+
+def test_other_data_is_refused(tmp_path):
+  constant = {'optimizer.schedule': 'constant', 'optimizer.warmup_tokens': 0}
+  assert run(tmp_path, {**constant, 'train.steps': 3}) == loop.DONE
+  with pytest.raises(ConfigError, match='name: "fake" -> "other"'):
+    run(tmp_path, {**constant, 'train.steps': 6}, loader=FakeLoader('other'))
+
+
+def test_steps_that_are_not_finite_are_skipped_and_named(tmp_path, capsys):
+  plan = Schedule(CONFIG).plan(9)
+  assert run(tmp_path, loader=FakeLoader(bad=[plan.first_sample + 1])) == loop.DONE
+  bad = [line for line in lines(tmp_path) if 'skipped' in line]
+  assert len(bad) == 1 and len(lines(tmp_path)) == 24
+  assert bad[0] == {
+    'step': 10, 'tokens': plan.tokens + plan.batch * SIZE, 'loss': None, 'grad_norm': None, 'skipped': 1,
+    'learning_rate': plan.learning_rate, 'first_sample': plan.first_sample, 'batch': plan.batch,
+  }  # fmt: skip
+  assert all(line['loss'] is not None for line in lines(tmp_path)[10:])
+  err = capsys.readouterr().err
+  assert f'step 10: loss or gradient is not finite, step skipped (1 of at most 5); its samples are {plan.first_sample}..' in err
+  assert stored(tmp_path)[1]['skipped'] == 1
+
+
+@pytest.mark.parametrize(('budget', 'at'), [(3, 12), (0, 10)])
+def test_the_budget_stops_the_run_and_keeps_the_last_good_state(tmp_path, capsys, budget, at):
+  first = Schedule(CONFIG).plan(9).first_sample
+  loader = FakeLoader(bad=range(first, first + 400))
+  assert run(tmp_path, {'train.nonfinite_budget': budget}, loader=loader) == loop.NOT_FINITE == 3
+  assert lines(tmp_path)[-1]['step'] == at and lines(tmp_path)[-1]['skipped'] == max(1, budget)
+  assert stored(tmp_path)[1]['step'] == 9
+  err = capsys.readouterr().err
+  assert f'nonfinite_budget {budget}' in err and 'the last checkpoint is of step 9' in err
+  assert run(tmp_path, {'train.nonfinite_budget': 99}) == loop.DONE  # with the data mended, it goes on
+
+
+def test_log_every_keeps_what_matters(tmp_path):
+  bad = Schedule(CONFIG).plan(7).first_sample
+  assert run(tmp_path, {'loop.log_every': 10}, loader=FakeLoader(bad=[bad])) == loop.DONE
+  assert [line['step'] for line in lines(tmp_path)] == [7, 8, 10, 14, 20, 21, 24]
+
+
+def test_metrics_are_read_after_the_next_step_is_dispatched(tmp_path, monkeypatch):
+  order = []
+
+  class Watched(FakeProgram):
+    def step(self, state, batch):
+      order.append('step')
+      return super().step(state, batch)
+
+  def log(self, plan, *rest):
+    order.append(plan.step)
+    return original(self, plan, *rest)
+
+  original = loop.Run.log
+  monkeypatch.setattr(loop.Run, 'log', log)
+  assert run(tmp_path, {'train.steps': 4, 'loop.checkpoint_every': 100}, program=Watched) == loop.DONE
+  assert order == ['step', 'step', 0, 'step', 1, 'step', 2, 3]
+
+
+def test_the_log_is_on_disk_before_a_checkpoint(tmp_path, monkeypatch):
+  seen = []
+  original = loop.Checkpointer.save
+
+  def save(self, step, *rest):
+    seen.append((step, [line['step'] for line in lines(tmp_path)]))
+    return original(self, step, *rest)
+
+  monkeypatch.setattr(loop.Checkpointer, 'save', save)
+  assert run(tmp_path) == loop.DONE
+  assert seen == [(step, list(range(1, step + 1))) for step in (3, 6, 9, 12, 15, 18, 21, 24)]
+
+
+def test_a_damaged_checkpoint_costs_only_its_steps(tmp_path, whole, caplog):
+  run(tmp_path, program=StopAfter)
+  (tmp_path / 'checkpoints' / '11' / 'meta' / 'metadata').write_text('')
+  assert run(tmp_path) == loop.DONE
+  assert '11 IS DAMAGED' in caplog.text
+  assert (tmp_path / 'checkpoints' / '11.damaged').exists()
+  assert stored(tmp_path) == stored(whole)
+  assert lines(tmp_path) == lines(whole)
+
+
+def test_an_error_in_the_batch_thread_reaches_the_caller(tmp_path):
+  class Broken(FakeLoader):
+    def batch(self, first_sample, rows):
+      raise OSError('no such shard')
+
+  with pytest.raises(OSError, match='no such shard'):
+    run(tmp_path, loader=Broken())
+
+
+def test_clock_leaves_out_the_first_step_and_pauses(monkeypatch):
+  now = itertools.chain([0.0, 10.0, 11.0, 100.0, 102.0]).__next__
+  monkeypatch.setattr(loop.time, 'monotonic', now)
+  clock = loop.Clock()  # 0
+  clock.add(10)  # at 10: compiling took 10 s
+  assert (clock.rate, clock.interval()) == (None, 1.0)
+  clock.add(10)  # at 11
+  clock.restart()  # at 100, after an evaluation
+  clock.add(10)  # at 102
+  assert (clock.rate, clock.interval()) == (20 / 3, 20 / 3)
+
+
+def test_the_fake_program_round_trips():
+  program = FakeProgram(CONFIG)
+  state = program.init()
+  state, _ = program.step(state, (jnp.asarray(np.ones((2, SIZE), np.float32)), 0.1))
+  again = program.from_canonical(program.canonical(state))
+  assert fake_program.jax.tree.structure(again) == fake_program.jax.tree.structure(state)
