@@ -1,0 +1,103 @@
+"""Batches as a pure function of (seed, data identity, sequence length, sample index).
+
+A step reads a range of sample numbers, a host its rows of that range: however the rows are shared out, and wherever a
+run was interrupted, sample i is the same.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from lmscale import config as config_lib
+from lmscale.data import cache as cache_lib
+from lmscale.data import entropy, storage
+from lmscale.data import tokenizer as tokenizer_lib
+from lmscale.data.blend import Blend
+from lmscale.data.sampler import Sampler
+
+VERSION = 1  # raise when the same data and seed would give other samples
+SPLITS = ('train', 'validation')
+KEYS = ('tokens', 'labels', 'segment_ids', 'positions')
+
+
+class Loader:
+  """The blended, packed samples of one split of config.data."""
+
+  def __init__(self, config: config_lib.Config, split: str = 'train'):
+    """Tokenises what is not in the cache yet. Sources of weight 0 are not opened.
+
+    The validation samples do not depend on config.seed, so that runs with other seeds are measured on the same text.
+    Raises ConfigError for missing or unusable data.
+    """
+    if split not in SPLITS:
+      raise ValueError(f'split {split!r} is none of {SPLITS}')
+    data = config.data
+    self.split = split
+    self.seq_len = config.train.seq_len
+    self.tokenizer = tokenizer_lib.get_tokenizer(data.tokenizer)
+    self.sources = [source for source in data.sources if source.weight]
+    if config.model.vocab < self.vocab:
+      raise config_lib.ConfigError(f'model.vocab = {config.model.vocab}: the tokenizer {data.tokenizer!r} has '
+                                   f'{self.vocab} ids; set model.vocab to at least {self.vocab}')
+    seed = config.seed if split == 'train' else 0
+    self.blend = Blend([source.weight for source in self.sources], seed, split)
+    root = storage.cache_root(data.cache)
+    opened = [cache_lib.open_source(source, root) for source in self.sources]
+    self.stores = [cache_lib.tokenise(source, self.tokenizer, root) for source in opened]
+    self.samplers = [
+      Sampler(source.name, store, split, data.validation, self.seq_len, seed)
+      for source, store in zip(self.sources, self.stores, strict=True)
+    ]
+    self.identity = self._identity(seed, data.validation)
+
+  def _identity(self, seed: int, fraction: float) -> str:
+    sources = [(source.name, weight, store.identity)
+               for source, weight, store in zip(self.sources, self.blend.weights, self.stores, strict=True)]
+    described = [VERSION, sources, self.tokenizer.identity, self.seq_len, seed, self.split, fraction]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+  @property
+  def vocab(self) -> int:
+    """Ids the tokenizer uses."""
+    return self.tokenizer.size
+
+  @property
+  def samples_per_epoch(self) -> int:
+    """Windows of all sources together. A blend passes over some sources sooner than others: see `epochs`."""
+    return sum(sampler.windows_per_epoch for sampler in self.samplers)
+
+  def batch(self, first_sample: int, rows: slice | range) -> dict[str, np.ndarray]:
+    """tokens, labels, segment_ids, positions: int32 [len(rows), seq_len] of samples first_sample + rows.
+
+    A slice needs a stop. labels are -1 where nothing is to be predicted; segment_ids number a row's documents from 1.
+    """
+    if isinstance(rows, slice):
+      rows = range(rows.start or 0, rows.stop, rows.step or 1)
+    out = {key: np.empty((len(rows), self.seq_len), np.int32) for key in KEYS}
+    for i, row in enumerate(rows):
+      source, k = self.blend.source_of(first_sample + row)
+      for key, values in zip(KEYS, self.samplers[source].sample(k), strict=True):
+        out[key][i] = values
+    return out
+
+  def summary(self) -> list[dict[str, Any]]:
+    """Per source: name, documents and tokens of this split, weight (they sum to 1), lines skipped when reading."""
+    return [{'name': sampler.name, 'documents': len(sampler.documents), 'tokens': sampler.tokens, 'weight': weight,
+             'skipped': len(sampler.store.skipped)}
+            for sampler, weight in zip(self.samplers, self.blend.weights, strict=True)]
+
+  def epochs(self, samples: int) -> dict[str, float]:
+    """How many times the first `samples` samples pass over each source, by name."""
+    counts = self.blend.counts(samples)
+    return {sampler.name: float(n / sampler.windows_per_epoch)
+            for sampler, n in zip(self.samplers, counts, strict=True)}
+
+  def order1_entropy(self) -> float:
+    """H(next token | token) in nats of the whole corpus, train and validation, blended by the weights."""
+    joint = 0.0
+    for weight, store in zip(self.blend.weights, self.stores, strict=True):
+      counts = entropy.pair_counts(store.tokens, self.vocab, self.tokenizer.end)
+      joint = joint + weight * (counts / counts.sum())
+    return entropy.conditional_entropy(joint)

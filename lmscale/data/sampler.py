@@ -1,0 +1,78 @@
+"""Random access to the training windows of one source: concatenate and split.
+
+Epoch e is the source's documents in an order permuted by (seed, identity, e), one after the other, cut into windows
+of seq_len tokens with one more to look ahead at: window k covers stream positions k*T .. k*T + T, and the next window
+begins with the token that was looked at. The windows are visited in a second permuted order. What is left at the
+end of an epoch's stream (fewer than T + 1 tokens, other ones in each epoch) is dropped.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from lmscale import config as config_lib
+from lmscale.data import order
+from lmscale.data.cache import TokenStore
+
+EPOCHS_KEPT = 2  # a batch may lie across the end of an epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+  """One pass: `documents` [n] in stream order, `starts` [n + 1] in the stream, `windows` in visiting order."""
+
+  documents: np.ndarray
+  starts: np.ndarray
+  windows: np.ndarray
+
+
+class Sampler:
+  """Samples of one source. Sample i is window `windows[i % windows_per_epoch]` of epoch `i // windows_per_epoch`."""
+
+  def __init__(self, name: str, store: TokenStore, split: str, fraction: float, seq_len: int, seed: int):
+    """The documents of `split` where `fraction` is held out. Raises ConfigError if they do not fill one window."""
+    self.name, self.store, self.seq_len = name, store, seq_len
+    self.documents = store.documents(split, fraction)
+    self.lengths = store.offsets[self.documents + 1] - store.offsets[self.documents]
+    self.tokens = int(self.lengths.sum())
+    self.windows_per_epoch = max(self.tokens - 1, 0) // seq_len
+    self._key = (store.identity, seed, split)
+    self._epoch = functools.lru_cache(EPOCHS_KEPT)(self._make_epoch)
+    if not self.windows_per_epoch:
+      raise config_lib.ConfigError(
+        f'data source {name!r}: its {split} split has {len(self.documents)} of {len(store.split_keys)} documents and '
+        f'{self.tokens} tokens, one window takes train.seq_len + 1 = {seq_len + 1}: add text, lower train.seq_len or '
+        f'change data.validation ({fraction})')
+
+  def _make_epoch(self, epoch: int) -> Epoch:
+    shuffled = order.permutation(len(self.documents), 'documents', epoch, *self._key)
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths[shuffled])])
+    windows = order.permutation(self.windows_per_epoch, 'windows', epoch, *self._key)
+    return Epoch(self.documents[shuffled], starts, windows)
+
+  def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, labels, segment_ids, positions), each int32 [seq_len].
+
+    segment_ids number the row's documents from 1; positions restart at 0 at each document and at the row's start.
+    labels are the next tokens, -1 at a document's last token: what follows it is another document.
+    """
+    epoch = self._epoch(index // self.windows_per_epoch)
+    begin = int(epoch.windows[index % self.windows_per_epoch]) * self.seq_len
+    end = begin + self.seq_len + 1
+    first = int(np.searchsorted(epoch.starts, begin, 'right')) - 1
+    row, segments, positions = (np.empty(self.seq_len + 1, np.int32) for _ in range(3))
+    lasts = []
+    at = 0
+    while at <= self.seq_len:
+      document = first + len(lasts)
+      source = self.store.offsets[epoch.documents[document]] + begin + at - epoch.starts[document]
+      stop = min(end, int(epoch.starts[document + 1])) - begin
+      row[at:stop] = self.store.tokens[source:source + stop - at]
+      lasts.append(int(epoch.starts[document + 1]) - 1 - begin)
+      segments[at:stop] = len(lasts)
+      positions[at:stop] = np.arange(stop - at)
+      at = stop
+    labels = row[1:].copy()
+    labels[[last for last in lasts if last < self.seq_len]] = -1
+    return row[:-1], labels, segments[:-1], positions[:-1]

@@ -1,0 +1,97 @@
+"""Folders that are either whole or not there: built under a temporary name, then renamed.
+
+Any number of processes may ask for the same folder at once. Each builds its own copy, the first to finish wins, the
+others throw theirs away.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from lmscale import config as config_lib
+
+ATTEMPTS = 3
+STALE = 24 * 3600  # seconds without a write after which a temporary folder was left behind by a killed build
+PREFIX = 'tmp-'
+
+T = TypeVar('T')
+
+
+def cache_root(configured: str = '') -> pathlib.Path:
+  """`configured` (data.cache) if not empty, else $LMSCALE_CACHE, else ~/.cache/lmscale."""
+  return pathlib.Path(configured or os.environ.get('LMSCALE_CACHE') or '~/.cache/lmscale').expanduser().absolute()
+
+
+def ensure(folder: pathlib.Path, build: Callable[[pathlib.Path], None],
+           open_folder: Callable[[pathlib.Path], T]) -> T:
+  """`open_folder(folder)`, after `build(empty folder)` if the folder is missing or `open_folder` finds it damaged.
+
+  `open_folder` says damaged by raising anything. Raises ConfigError if the cache cannot be written and RuntimeError
+  if a folder cannot be opened just after it was built.
+  """
+  for _ in range(ATTEMPTS):
+    if not folder.is_dir():
+      _build(folder, build)
+    found = _inode(folder)
+    try:
+      return open_folder(folder)
+    except Exception as error:  # noqa: BLE001 - whatever a damaged file makes a reader raise; it may also be being replaced
+      failure = error
+    if found == _inode(folder):  # else another process has replaced it meanwhile
+      with _writable(folder):
+        _discard(folder)
+  raise RuntimeError(f'{folder} is damaged again after it was rebuilt: {failure}') from failure
+
+
+def _build(folder: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
+  temporary = _temporary(folder)
+  try:
+    with _writable(folder):
+      folder.parent.mkdir(parents=True, exist_ok=True)
+      _remove_stale(folder.parent)
+      temporary.mkdir()
+      build(temporary)
+      try:
+        temporary.rename(folder)
+      except OSError:
+        if not folder.is_dir():  # otherwise another process was first: its copy is as good
+          raise
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _inode(folder: pathlib.Path) -> int | None:
+  return folder.stat().st_ino if folder.is_dir() else None
+
+
+def _temporary(folder: pathlib.Path) -> pathlib.Path:
+  return folder.parent / f'{PREFIX}{uuid.uuid4().hex}'
+
+
+def _discard(folder: pathlib.Path) -> None:
+  temporary = _temporary(folder)
+  with contextlib.suppress(FileNotFoundError):
+    folder.rename(temporary)
+  shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_stale(parent: pathlib.Path) -> None:
+  for folder in parent.glob(f'{PREFIX}*'):
+    with contextlib.suppress(OSError):
+      newest = max(path.stat().st_mtime for path in (folder, *folder.rglob('*')))
+      if time.time() - newest > STALE:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writable(folder: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise config_lib.ConfigError(f'data.cache: cannot write {folder}: {error.strerror or error}; '
+                                 'set data.cache or LMSCALE_CACHE to a folder with space') from error

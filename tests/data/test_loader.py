@@ -1,0 +1,173 @@
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lmscale import config as config_lib
+from lmscale.data import document, entropy, stdlib
+from lmscale.data.loader import Loader
+
+SEQ_LEN = 32
+DATA_KEYS = {'tokens', 'labels', 'segment_ids', 'positions'}
+
+
+@pytest.fixture
+def config(tmp_path):
+  """Two sources, `a` of plain text in upper case and `b` of JSON lines in lower case, weights 3 to 1."""
+  rng = np.random.default_rng(0)
+  (tmp_path / 'a').mkdir()
+  for i in range(40):
+    (tmp_path / 'a' / f'{i}.txt').write_bytes(bytes(rng.integers(65, 91, 20 + 5 * i, np.uint8)))
+  with (tmp_path / 'b.jsonl').open('w') as file:
+    for _ in range(40):
+      file.write(json.dumps({'text': bytes(rng.integers(97, 123, rng.integers(1, 99), np.uint8)).decode()}) + '\n')
+  sources = (config_lib.SourceConfig('a', 'text', str(tmp_path / 'a'), 3.0),
+             config_lib.SourceConfig('b', 'jsonl', str(tmp_path / 'b.jsonl'), 1.0))
+  data = config_lib.DataConfig(sources=sources, cache=str(tmp_path / 'cache'), validation=0.2)
+  return config_lib.Config(seed=1, train=config_lib.TrainConfig(seq_len=SEQ_LEN), data=data)
+
+
+def change(config, **fields):
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
+
+
+def equal(a, b):
+  return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_batch_form(config):
+  batch = Loader(config).batch(5, range(6))
+  assert set(batch) == DATA_KEYS
+  for array in batch.values():
+    assert array.shape == (6, SEQ_LEN) and array.dtype == np.int32
+  assert equal(batch, Loader(config).batch(5, slice(0, 6))) and equal(batch, Loader(config).batch(0, range(5, 11)))
+  assert Loader(config).batch(0, range(0))['tokens'].shape == (0, SEQ_LEN)
+
+
+@pytest.mark.parametrize('hosts', [1, 2, 4])
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_hosts_see_one_global_batch(config, hosts, split):
+  whole = [Loader(config, split).batch(first, slice(0, 8)) for first in range(0, 64, 8)]
+  loaders = [Loader(config, split) for _ in range(hosts)]
+  for step in reversed(range(8)):  # another order of access, and a fresh loader for each host
+    rows = 8 // hosts
+    parts = [loader.batch(8 * step, slice(h * rows, (h + 1) * rows)) for h, loader in enumerate(loaders)]
+    assert equal({key: np.concatenate([part[key] for part in parts]) for key in DATA_KEYS}, whole[step])
+
+
+def test_another_process_gives_the_same_batch_and_identity(config, tmp_path):
+  (tmp_path / 'config.json').write_text(json.dumps(dataclasses.asdict(config)))
+  program = f"""
+import json, pathlib, dataclasses, hashlib
+from lmscale import config as c
+from lmscale.data.loader import Loader
+raw = json.loads(pathlib.Path({str(tmp_path / 'config.json')!r}).read_text())
+data = raw['data'] | {{'sources': tuple(c.SourceConfig(**s) for s in raw['data']['sources'])}}
+loader = Loader(c.Config(seed=raw['seed'], train=c.TrainConfig(seq_len=raw['train']['seq_len']),
+                         data=c.DataConfig(**data)))
+print(loader.identity, hashlib.sha256(loader.batch(100, range(16))['tokens'].tobytes()).hexdigest())
+"""
+  outputs = {subprocess.run([sys.executable, '-c', program], check=True, capture_output=True, text=True).stdout
+             for _ in range(2)}
+  loader = Loader(config)
+  tokens = loader.batch(100, range(16))['tokens']
+  assert outputs == {f'{loader.identity} {hashlib.sha256(tokens.tobytes()).hexdigest()}\n'}
+
+
+def test_seeds_differ_in_training_but_not_in_validation(config):
+  other = dataclasses.replace(config, seed=2)
+  assert not equal(Loader(config).batch(0, range(16)), Loader(other).batch(0, range(16)))
+  assert equal(Loader(config, 'validation').batch(0, range(16)), Loader(other, 'validation').batch(0, range(16)))
+
+
+def test_splits_hold_the_documents_of_their_side(config, tmp_path):
+  texts = [path.read_bytes() for path in (tmp_path / 'a').iterdir()]
+  texts += [json.loads(line)['text'].encode() for line in (tmp_path / 'b.jsonl').read_text().splitlines()]
+  for split in ('train', 'validation'):
+    expected = b'|'.join(text for text in texts if document.split_of(text, 0.2) == split)
+    loader = Loader(config, split)
+    batch = loader.batch(0, range(loader.samples_per_epoch * 3))
+    for tokens, segments in zip(batch['tokens'], batch['segment_ids'], strict=True):
+      for segment in range(1, segments.max() + 1):
+        piece = tokens[segments == segment]
+        assert bytes(piece[piece < 256].tolist()) in expected
+
+
+def test_blend_counts_epochs_and_summary(config):
+  loader = Loader(config)
+  samples = 1024
+  is_a = loader.batch(0, range(samples))['tokens']
+  upper = ((is_a < 97).sum(axis=1) > SEQ_LEN / 2).sum()
+  assert abs(upper - 0.75 * samples) < 1
+  windows = {sampler.name: sampler.windows_per_epoch for sampler in loader.samplers}
+  assert loader.epochs(samples) == {'a': 768 / windows['a'], 'b': 256 / windows['b']}
+  assert loader.samples_per_epoch == sum(windows.values())
+  train, held_out = loader.summary(), Loader(config, 'validation').summary()
+  for a, b in zip(train, held_out, strict=True):
+    assert a['documents'] + b['documents'] == 40 and a['weight'] == b['weight']
+  assert [entry['name'] for entry in train] == ['a', 'b'] and [entry['weight'] for entry in train] == [0.75, 0.25]
+  assert train[0]['tokens'] + held_out[0]['tokens'] == sum(20 + 5 * i + 1 for i in range(40))
+
+
+def test_identity_names_everything_a_sample_depends_on(config, tmp_path):
+  first = Loader(config).identity
+  assert Loader(config).identity == first
+  assert Loader(change(config, cache=str(tmp_path / 'other'))).identity == first
+  others = [
+    dataclasses.replace(config, seed=2),
+    dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=16)),
+    change(config, validation=0.3),
+    change(config, sources=config.data.sources[::-1]),
+    change(config, sources=(config.data.sources[0], dataclasses.replace(config.data.sources[1], weight=2.0))),
+    change(config, sources=(config.data.sources[0], dataclasses.replace(config.data.sources[1], name='c'))),
+  ]
+  found = {Loader(other).identity for other in others} | {Loader(config, 'validation').identity, first}
+  assert len(found) == len(others) + 2
+  (tmp_path / 'a' / '0.txt').write_text('changed')
+  assert Loader(config).identity != first
+
+
+def test_sources_of_weight_zero_are_not_opened(config):
+  missing = config_lib.SourceConfig('c', 'text', '/missing', 0.0)
+  assert [entry['name'] for entry in Loader(change(config, sources=(*config.data.sources, missing))).summary()] == [
+    'a', 'b']
+
+
+def test_user_errors(config):
+  for broken, message in [
+      (change(config, tokenizer='bpe'), 'data.tokenizer'),
+      (change(config, sources=()), 'data.sources'),
+      (change(config, sources=(config_lib.SourceConfig('x', 'text', '/missing'),)), '/missing'),
+      (dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=10**6)), 'train.seq_len'),
+      (dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=256)), 'model.vocab = 256.*257'),
+  ]:
+    with pytest.raises(config_lib.ConfigError, match=message) as caught:
+      Loader(broken)
+    assert '\n' not in str(caught.value)
+  with pytest.raises(config_lib.ConfigError, match="'a': its validation split has 0 of 40 documents"):
+    Loader(change(config, validation=0.0), 'validation')
+
+
+def test_order1_entropy_is_that_of_the_blend(config):
+  loader = Loader(config)
+  assert loader.vocab == 257
+  assert Loader(config, 'validation').order1_entropy() == loader.order1_entropy()
+  single = [Loader(change(config, sources=(source,))).order1_entropy() for source in config.data.sources]
+  # The two alphabets share no letter, so a byte tells its source: the blend's entropy is the mean.
+  assert loader.order1_entropy() == pytest.approx(0.75 * single[0] + 0.25 * single[1], rel=1e-9)
+  assert single[0] == pytest.approx(entropy.order1_entropy(loader.stores[0].tokens, 257, end=256))
+
+
+def test_standard_library_through_the_loader(config, monkeypatch):
+  listed = stdlib.stdlib_files
+  monkeypatch.setattr(stdlib, 'stdlib_files', lambda root: [p for p in listed(root) if p.parent.name == 'json'])
+  sources = tuple(config_lib.SourceConfig(name, 'stdlib', name, 1.0) for name in stdlib.STREAMS)
+  loader = Loader(change(config, sources=sources, validation=0.0))
+  batch = loader.batch(0, range(64))
+  assert [entry['documents'] for entry in loader.summary()] == [5, 5]
+  assert bytes(loader.stores[0].tokens[:4].tolist()) == b'r"""'
+  assert (batch['segment_ids'] >= 1).all()
