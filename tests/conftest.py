@@ -5,7 +5,7 @@ import pathlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(__file__).parent.parent / '.cache' / 'jax'))
