@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 

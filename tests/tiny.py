@@ -29,8 +29,10 @@ MODEL = ModelConfig(
   init_std=0.3,
 )
 
+ONE = MeshConfig(1, 1, 1, 0)
 
-def config(mesh: MeshConfig = MeshConfig(1, 1, 1, 0), model: ModelConfig = MODEL, **train: Any) -> Config:
+
+def config(mesh: MeshConfig = ONE, model: ModelConfig = MODEL, **train: Any) -> Config:
   """A resolved config of 16 sequences of 16 tokens per step."""
   values = {'steps': 3, 'batch': 16, 'seq_len': 16, 'microbatch': 1, 'loss_chunk': 8} | train
   return Config(model=model, mesh=mesh, train=TrainConfig(**values))

@@ -58,15 +58,18 @@ class Program:
     """One step; `state` is consumed. See `train.step.make_step` for the metrics."""
     return self._run(self._step, state, batch)
 
+  def abstract_state(self) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    return self._abstract(jax.eval_shape(self._fresh), self._state)
+
   def lower_step(self) -> Any:
     """The step lowered from shapes alone; `.compile()` it to read its text or its memory."""
-    state = self._abstract(jax.eval_shape(self._fresh), self._state)
     shape = (self.config.train.batch // self.rows_per_microbatch, self.rows_per_microbatch, self.config.train.seq_len)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows) for name in ROWS}
     batch['microbatches'] = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._whole)
     batch['learning_rate'] = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._whole)
     with jax.set_mesh(self.mesh):
-      return self._step.lower(state, batch)
+      return self._step.lower(self.abstract_state(), batch)
 
   def batch(self, plan: StepPlan, loader: Rows) -> dict[str, jax.Array]:
     """The device batch of a step; a process reads only the rows that its devices hold."""

@@ -1,5 +1,6 @@
 """Each layer kind: packing, decoding, dtypes, counts."""
 
+import itertools
 import math
 
 import jax
@@ -31,7 +32,7 @@ def test_packed_documents_equal_documents_alone(pattern, positions):
     segments = np.repeat([1, 2, 3, 0], np.diff(cuts))[None]
     positions = np.concatenate([np.arange(n) for n in np.diff(cuts)])[None]
     packed = _logits(config, params, tokens, Context(jnp.asarray(positions), jnp.asarray(segments)))
-    for start, stop in zip(cuts[:-2], cuts[1:-1], strict=True):
+    for start, stop in itertools.pairwise(cuts[:-1]):
       alone = _logits(config, params, tokens[:, start:stop])
       np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-10)
 
