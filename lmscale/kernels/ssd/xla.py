@@ -1,6 +1,6 @@
 """Chunked SSD: matmuls within a chunk, a scan that carries the state from chunk to chunk (arXiv 2405.21060, section 6).
 
-With cs the cumulative sum of dt A within a chunk, and H the state that enters it:
+With cs the cumulative sum of dt A within a chunk and document, and H the state that enters it:
 
   M_ij = (C_i . B_j) exp(cs_i - cs_j) dt_j     for i >= j in one document, else 0
   y_i  = sum_j M_ij x_j + exp(cs_i) H C_i      the second term for tokens of the entering state's document
@@ -46,18 +46,20 @@ def _chunk(A, state, inputs):
   x, dt, B, C, docs = inputs
   acc, q = state.dtype, x.shape[1]
   einsum = functools.partial(jnp.einsum, preferred_element_type=acc)
-  # A decay below the smallest normal number is 0 for every purpose. Without this bound one huge dt would cost the
-  # later differences of cs their digits.
-  cs = jnp.cumsum(jnp.maximum(dt * A, jnp.log(jnp.finfo(acc).tiny)), axis=1)
-  visible = jnp.tril(jnp.ones((q, q), bool))[None]
+  visible = jnp.broadcast_to(jnp.tril(jnp.ones((q, q), bool)), (x.shape[0], q, q))
   from_state = to_end = kept = None
   if docs is not None:
     doc, entering = docs
-    visible = visible & (doc[:, :, None] == doc[:, None, :])
+    visible &= doc[:, :, None] == doc[:, None, :]
     from_state = (doc == entering[:, None])[..., None, None]
     to_end = (doc == doc[:, -1:])[..., None, None]
     kept = (entering == doc[:, -1])[:, None, None]
-  cs_t = jnp.moveaxis(cs, 1, -1)  # [b, g, r, q]
+  # A decay below the smallest normal number is 0 for every purpose; without this bound one huge dt would cost the
+  # later differences of cs their digits. The matmul is a cumulative sum that restarts with every document, so that
+  # no gradient of dt, not even a rounding error, crosses a boundary.
+  log_decay = jnp.maximum(dt * A, jnp.log(jnp.finfo(acc).tiny))
+  cs_t = einsum('bij,bjgr->bgri', visible.astype(acc), log_decay, precision=jax.lax.Precision.HIGHEST)
+  cs = jnp.moveaxis(cs_t, -1, 1)
   decay = _masked_exp(cs_t[..., :, None] - cs_t[..., None, :], visible[:, None, None])
   scores = einsum('bign,bjgn->bgij', C, B)
   mix = scores[:, :, None] * decay * jnp.moveaxis(dt, 1, -1)[..., None, :]
