@@ -51,18 +51,21 @@ def test_exceptions_come_out_at_their_place():
 def test_closing_stops_the_thread_and_closes_the_source():
   closed = []
 
-  def items():
-    try:
-      while True:
-        yield 0
-    finally:
+  class Items:
+    def __iter__(self):
+      return self
+
+    def __next__(self):
+      return 0
+
+    def close(self):
       closed.append(True)
 
-  ahead = prefetch(items())
+  ahead = prefetch(Items())
   next(ahead)
   ahead.close()
   assert closed == [True] and not running()
-  dropped = prefetch(items())
+  dropped = prefetch(Items())
   next(dropped)
   del dropped
   gc.collect()

@@ -68,10 +68,11 @@ def test_windows_follow_each_other_in_the_stream():
     assert last in (following, -1)
 
 
-def test_epochs_and_seeds_have_their_own_orders():
+@pytest.mark.parametrize('lengths', [[20] * 30, [600]], ids=['documents', 'windows'])
+def test_epochs_and_seeds_have_their_own_orders(lengths):
   rows = {}
   for seed in (0, 1):
-    sampler = make_sampler([20] * 30, 16, seed)
+    sampler = make_sampler(lengths, 16, seed)
     n = sampler.windows_per_epoch
     for epoch in (0, 1):
       rows[seed, epoch] = np.stack([sampler.sample(epoch * n + i)[0] for i in range(n)])
@@ -80,6 +81,8 @@ def test_epochs_and_seeds_have_their_own_orders():
   for i, a in enumerate(keys):
     for b in keys[i + 1:]:
       assert (rows[a] == rows[b]).all(axis=1).mean() < 0.2
+      if len(lengths) > 1:  # not only the windows' order: other windows
+        assert len({*map(tuple, rows[a])} & {*map(tuple, rows[b])}) < len(rows[a]) / 2
 
 
 def test_random_access_and_restarts_agree():
