@@ -5,25 +5,33 @@
   python run.py --config=configs/megatron_gpt.py:size=1t --job=plan --config.mesh.data=6
   python run.py --config=runs/quickstart/config.json --workdir=runs/again
 
-The same command with the same --workdir resumes. A mistake in a flag or a config is one line on stderr and exit code 2.
+The same command with the same --workdir resumes. Exit codes: 0 done, 75 interrupted and saved, 3 stopped on non-finite
+steps, 130 interrupted and not saved. A mistake in a flag or a config is one line on stderr and exit code 2.
 """
 
 import argparse
+import contextlib
 import difflib
 import json
+import os
 import pathlib
 import re
 import sys
 import traceback
+import typing
 from collections.abc import Sequence
 
 from lmscale import recipes
 from lmscale.config import Config, ConfigError
 from lmscale.validate import check_mesh, fill_data, resolve_mesh
 
+if typing.TYPE_CHECKING:
+  from lmscale.data.loader import Loader
+
 JOBS = ('train', 'plan')
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'quickstart.py'
 USER_ERROR = 2
+SMALL_VOCABULARY = 1024  # up to here the order-1 entropy is counted in a dense table
 EXTRAS = {'lm_eval': 'eval', 'transformers': 'hf', 'torch': 'hf'}  # imported package -> the extra that brings it
 
 
@@ -102,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = recipes.load(flags.config, overrides)
     if flags.job == 'plan':
       return plan_job(config, flags.json)
-    return train_job(config, pathlib.Path(flags.workdir or f'runs/{config.name}'))
+    return train_job(config, flags.workdir)
   except ConfigError as error:
     return _user_error(error, argv)
   except ModuleNotFoundError as error:
@@ -117,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _user_error(error: Exception, argv: Sequence[str]) -> int:
   if '--debug' in argv:
     traceback.print_exc()
-  text = ' '.join(str(error).split())
+  text = '; '.join(filter(None, map(str.strip, str(error).splitlines()))).replace(':; ', ': ')
   print('error: ' + re.sub(r'[^\x20-\x7e\xa0-\U0010ffff]', '?', text), file=sys.stderr)
   return USER_ERROR
 
@@ -136,41 +144,84 @@ def plan_job(config: Config, as_json: bool) -> int:
   return 0
 
 
-def train_job(config: Config, workdir: pathlib.Path) -> int:
-  """Trains until train.steps, or continues a run; returns the loop's exit code."""
-  check_workdir(workdir)
-  config = resolve_mesh(config, count_devices(config))
+def train_job(config: Config, folder: str | None) -> int:
+  """Trains to train.steps, or goes on with the run in `folder` (None: a fresh one); returns the loop's exit code.
 
+  Everything that can be wrong is looked at before the folder is made.
+  """
+  if folder is not None:
+    check_folder(pathlib.Path(folder).expanduser())
+  mesh_config = resolve_mesh(config, count_devices(config))
+
+  from lmscale.data.loader import Loader
   from lmscale.plan.report import format_report, make_report
   from lmscale.train import loop
   from lmscale.train.program import Program
+  from lmscale.train.workdir import open_workdir
 
-  print(format_report(make_report(config)))
-  return loop.train(config, workdir, Program)
+  report = make_report(mesh_config)
+  print(format_report(report))
+  loader = Loader(mesh_config)
+  held_out = Loader(mesh_config, 'validation') if config.loop.eval_every else None
+  check_vocabulary(config, loader.vocab)
+  print(format_data(loader, report['tokens'] // config.train.seq_len), flush=True)
+  with open_workdir(folder, config) as workdir:
+    print(f'workdir           {workdir.path}', flush=True)
+    return loop.train(
+      mesh_config,
+      Program(mesh_config),
+      loader,
+      held_out,
+      workdir,
+      report['flops_per_token'],
+      loader.tokenizer,
+      reference=loader.order1_entropy() if loader.vocab <= SMALL_VOCABULARY else None,
+    )
 
 
-def check_workdir(workdir: pathlib.Path) -> None:
-  """Raises ConfigError where `workdir` cannot be a folder; creates nothing."""
-  for path in (workdir, *workdir.absolute().parents):
+def check_folder(folder: pathlib.Path) -> None:
+  """Raises ConfigError where `folder` cannot become a workdir; creates nothing."""
+  for path in (folder, *folder.absolute().parents):
     if path.exists():
       if not path.is_dir():
         raise ConfigError(f'--workdir: {path} is a file, not a folder')
+      if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f'--workdir: {path} cannot be written')
       return
+
+
+def check_vocabulary(config: Config, ids: int) -> None:
+  """Raises ConfigError where the tokenizer has ids that the embedding has no row for."""
+  if ids > config.model.vocab:
+    raise ConfigError(
+      f'model.vocab: {config.model.vocab} rows are fewer than the {ids} ids of data.tokenizer '
+      f'{config.data.tokenizer}; set model.vocab={ids} or more'
+    )
+
+
+def format_data(loader: 'Loader', samples: int) -> str:
+  """One line per source: its tokens, its share of the blend, and how often the run passes over it."""
+  epochs = loader.epochs(samples)
+  return '\n'.join(
+    f'data {source["name"]:<12} {source["tokens"]:,} tokens in {source["documents"]:,} documents, '
+    f'{source["weight"]:.0%} of the blend, {epochs[source["name"]]:.2f} epochs'
+    for source in loader.summary()
+  )
 
 
 def count_devices(config: Config) -> int:
   """The number of devices, after making `emulate` CPU devices where the config asks for them."""
   import jax
 
-  if not config.emulate:
-    return jax.device_count()
-  jax.config.update('jax_platforms', 'cpu')
+  if config.emulate:
+    jax.config.update('jax_platforms', 'cpu')
+    # A process that already runs on devices cannot change their number: the mesh check tells.
+    with contextlib.suppress(RuntimeError):
+      jax.config.update('jax_num_cpu_devices', config.emulate)
   try:
-    jax.config.update('jax_num_cpu_devices', config.emulate)
+    return jax.device_count()
   except RuntimeError as error:
-    if jax.device_count() != config.emulate:
-      raise ConfigError(f'emulate: JAX already runs on {jax.device_count()} devices, not {config.emulate}') from error
-  return jax.device_count()
+    raise ConfigError(f'JAX finds no device: {error}') from error
 
 
 if __name__ == '__main__':

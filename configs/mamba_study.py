@@ -42,8 +42,18 @@ LAYERS = {  # layers, or blocks of attention + MLP for the transformer
   '130m': {'hybrid': 24, 'transformer': 16, 'mamba': 26, 'mamba2': 22},  # ours but for the hybrid's depth
   'tiny': {'hybrid': 14, 'transformer': 8, 'mamba': 13, 'mamba2': 14},  # ours
 }
-ATTENTION = {'8b': (32, 8, 128), '800m': (16, 8, 64), '130m': (12, 4, 64), 'tiny': (4, 1, 32)}  # heads, GQA groups, dim
-MAMBA = {'8b': (64, 8, 128), '800m': (64, 8, 128), '130m': (64, 8, 128), 'tiny': (32, 2, 32)}  # head dim, groups, state
+ATTENTION = {
+  '8b': (32, 8, 128),
+  '800m': (16, 8, 64),
+  '130m': (12, 4, 64),
+  'tiny': (4, 1, 32),
+}  # heads, GQA groups, dim
+MAMBA = {
+  '8b': (64, 8, 128),
+  '800m': (64, 8, 128),
+  '130m': (64, 8, 128),
+  'tiny': (32, 2, 32),
+}  # head dim, groups, state
 TOKENS_CONTINUED = 50e9
 WARMUP_SAMPLES = 122_000
 
@@ -72,7 +82,9 @@ def set_model(model: ml_collections.ConfigDict, arch: str, size: str) -> None:
   model.attention.update(heads=heads, kv_heads=heads if arch == 'transformer' else groups, head_dim=head_dim)
   model.mlp.d_ff = 4 * width
   chunk = 32 if size == 'tiny' else 128  # 128: Megatron-LM's
-  model.mamba2.update(heads=2 * width // ssm_head_dim, head_dim=ssm_head_dim, groups=ssm_groups, state=state, chunk=chunk)
+  model.mamba2.update(
+    heads=2 * width // ssm_head_dim, head_dim=ssm_head_dim, groups=ssm_groups, state=state, chunk=chunk
+  )
   model.mamba.update(d_inner=2 * width, state=state, dt_rank=math.ceil(width / 16))
   model.norm_eps = 1e-5
   model.init_std = 0.02

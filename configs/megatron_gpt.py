@@ -75,7 +75,9 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
 def set_gpt(config: ml_collections.ConfigDict) -> None:
   """GPT-3's schedule for models whose papers measure speed only; every value is ours."""
   config.model.init_std = 0.02
-  config.optimizer.update(learning_rate=1e-4, min_learning_rate=1e-5, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+  config.optimizer.update(
+    learning_rate=1e-4, min_learning_rate=1e-5, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0
+  )
   config.optimizer.warmup_tokens = 375_000_000
 
 
@@ -83,7 +85,9 @@ def set_mtnlg(config: ml_collections.ConfigDict) -> None:
   """arXiv 2201.11990, section 3: 32 -> 1920 sequences over 12B tokens, warm-up 1B, cosine to 10 % over 340B tokens."""
   train, optimizer = config.train, config.optimizer
   config.model.init_std = math.sqrt(1 / (3 * config.model.d_model))
-  optimizer.update(learning_rate=5e-5, min_learning_rate=5e-6, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+  optimizer.update(
+    learning_rate=5e-5, min_learning_rate=5e-6, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0
+  )
   optimizer.warmup_tokens = 1_000_000_000
   optimizer.decay_tokens = 340_000_000_000
   train.update(ramp_start=32, ramp_increment=32, ramp_tokens=12_000_000_000)

@@ -74,7 +74,7 @@ def _split(spec: str) -> tuple[pathlib.Path, str | None]:
 def _near_file(path: pathlib.Path) -> str:
   folder = path.parent
   names = sorted(p.name for p in folder.glob('*') if p.suffix in ('.py', '.json')) if folder.is_dir() else []
-  near = difflib.get_close_matches(path.name, names, 1)
+  near = difflib.get_close_matches(path.name, names, 1, 0.7)
   return f'; did you mean {folder / near[0]}?' if near else ''
 
 

@@ -132,6 +132,10 @@ def check_mesh(config: 'Config') -> None:
   for path, symbol in cut_by_tensor.items():
     if symbol in model.layers:
       _check_divides('mesh.tensor', mesh.tensor, path, _get(config, path))
+  if mesh.pipe > len(model.layers):
+    raise ConfigError(
+      f'mesh.pipe: {mesh.pipe} stages for the {len(model.layers)} layers of model.pattern; each needs at least one layer'
+    )
   if mesh.sequence_parallel:
     _check_divides('mesh.tensor', mesh.tensor, 'train.seq_len', train.seq_len, ' (mesh.sequence_parallel)')
   unit = train.microbatch * mesh.data

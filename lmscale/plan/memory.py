@@ -13,6 +13,7 @@ activations and temporaries. With pipe > 1 the figures are those of the fullest 
                ZeRO 2 has not scattered yet, the layer that ZeRO 3 has gathered, the head's gradient from the forward pass.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -49,7 +50,7 @@ def stage_layers(config: Config) -> list[range]:
     each, more = divmod(len(config.model.layers), pipe)
     sizes = [each + (i < more) for i in range(pipe)]
   starts = [sum(sizes[:i]) for i in range(pipe + 1)]
-  return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+  return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
 def _stage_bytes(config: Config, stage: int, layers: range) -> dict[str, int]:
