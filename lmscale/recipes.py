@@ -125,7 +125,7 @@ def _recipe_error(path: pathlib.Path, error: Exception) -> ConfigError:
 
 def _one_line(error: Exception) -> str:
   text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-  text = re.sub(r'Other fields present:.*(?=\nDid you mean|$)', '', str(text), flags=re.DOTALL)  # ml_collections
+  text = re.sub(r'Other fields present:.*?(?=Did you mean|\Z)', '', str(text), flags=re.DOTALL)  # ml_collections
   text = ' '.join(text.replace('\\n', ' ').split()).strip('\'"')
   return f'{type(error).__name__}: {text[:300]}'
 

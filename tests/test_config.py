@@ -204,7 +204,9 @@ def test_tensor_ignores_unused_kinds_and_groups():
 
 def test_sequence_parallel_cuts_the_sequence():
   config = build(mesh={'tensor': 4, 'sequence_parallel': True}, train={'seq_len': 254})
-  with pytest.raises(ConfigError, match=r'mesh.tensor: 4 does not divide train.seq_len 254 \(mesh.sequence_parallel\)'):
+  with pytest.raises(
+    ConfigError, match=r'mesh.tensor: 4 does not divide train.seq_len 254 \(mesh.sequence_parallel\)'
+  ):
     config_lib.resolve_mesh(config, 4)
 
 

@@ -11,7 +11,15 @@ from lmscale.plan.flops import flops_per_token, flops_per_token_paper, mfu
 def gpt(layers: int, h: int, heads: int, vocab: int = 51_200) -> ModelConfig:
   attention = {'heads': heads, 'kv_heads': heads, 'head_dim': h // heads}
   return from_dict(
-    {'model': {'pattern': '*-' * layers, 'd_model': h, 'vocab': vocab, 'attention': attention, 'mlp': {'d_ff': 4 * h}}}
+    {
+      'model': {
+        'pattern': '*-' * layers,
+        'd_model': h,
+        'vocab': vocab,
+        'attention': attention,
+        'mlp': {'d_ff': 4 * h},
+      }
+    }
   ).model
 
 

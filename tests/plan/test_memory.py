@@ -104,10 +104,10 @@ def test_sequence_parallel_cuts_the_stream():
 
 def test_pipeline_stages():
   config = gpt({'pipe': 4})
-  assert stage_layers(config) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
-  assert stage_layers(gpt({'pipe': 3})) == [range(0, 3), range(3, 6), range(6, 8)]
+  assert stage_layers(config) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
+  assert stage_layers(gpt({'pipe': 3})) == [range(3), range(3, 6), range(6, 8)]
   cut = build({'pipe': 2, 'data': 1}, model={'pattern': 'M-*|-'})
-  assert stage_layers(cut) == [range(0, 3), range(3, 4)]
+  assert stage_layers(cut) == [range(3), range(3, 4)]
   one, four = bytes_per_device(gpt({'pipe': 1})), bytes_per_device(config)
   assert four['optimizer'] < one['optimizer'] / 2
   with pytest.raises(ConfigError, match='mesh.pipe: 9 stages for the 8 layers'):

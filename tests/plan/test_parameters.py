@@ -82,7 +82,13 @@ def test_megatron_models(size, billions, tolerance):
   [
     {'pattern': 'Mm*-', 'mamba2': {'heads': 6, 'groups': 3, 'conv': 3}, 'mamba': {'dt_rank': 5, 'conv': 2}},
     {'pattern': '*-M', 'norm': 'layernorm', 'bias': True, 'tied': True, 'mlp': {'activation': 'swiglu'}},
-    {'pattern': '*-', 'norm': 'layernorm1p', 'positions': 'learned', 'max_positions': 512, 'attention': {'kv_heads': 1}},
+    {
+      'pattern': '*-',
+      'norm': 'layernorm1p',
+      'positions': 'learned',
+      'max_positions': 512,
+      'attention': {'kv_heads': 1},
+    },
     {'pattern': '-m', 'bias': True, 'mlp': {'activation': 'geglu'}},
   ],
 )
