@@ -133,18 +133,31 @@ class Checkpointer:
     self._manager.reload()
 
 
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-  """The sum of an array's bits as unsigned words, modulo 2^32: equal on every mesh, and any single bit changes it."""
-  if x.dtype == bool:
-    x = x.astype(jnp.uint8)
-  words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-  return jnp.sum(jax.lax.bitcast_convert_type(x, words), dtype=jnp.uint32)
-
-
 def checksums(tree: Any) -> dict[str, int]:
-  """A checksum per array, by its name `a/b/c`. Blocks until the arrays are there."""
-  return {name: int(value) for name, value in jax.device_get({n: _checksum(x) for n, x in _named(tree).items()}).items()}
+  """A checksum per array, by its name `a/b/c`: equal on every mesh. Blocks until the arrays are there."""
+  groups: dict[str, dict[str, jax.Array]] = {}
+  for name, leaf in _named(tree).items():
+    groups.setdefault(name.rpartition('/')[0], {})[name.rpartition('/')[2]] = leaf
+  found = {}
+  for parent, leaves in groups.items():
+    # One program at a time: programs with collectives that do not depend on each other deadlock on emulated devices.
+    # One per layer: layers of a kind share a compiled one.
+    sums = jax.device_get(_checksums(leaves))
+    found |= {f'{parent}/{name}'.lstrip('/'): int(value) for name, value in sums.items()}
+  return found
+
+
+@jax.jit
+def _checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """The sums of the arrays' bits as unsigned words, modulo 2^32: any single bit changes its array's."""
+
+  def one(x: jax.Array) -> jax.Array:
+    if x.dtype == bool:
+      x = x.astype(jnp.uint8)
+    words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    return jnp.sum(jax.lax.bitcast_convert_type(x, words), dtype=jnp.uint32)
+
+  return jax.tree.map(one, leaves)
 
 
 def _named(tree: Any) -> dict[str, Any]:

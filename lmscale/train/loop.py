@@ -7,8 +7,6 @@ checkpoint before the checkpoint commits, and cut back to it on resume.
 `train` returns the process's exit code. One SIGINT or SIGTERM finishes the step, saves and ends; a second one ends at once.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import json
 import math
@@ -21,6 +19,7 @@ from typing import Any, Self
 import jax
 
 from lmscale.config import Config
+from lmscale.data.prefetch import prefetch
 from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.console import Console, device_peak_flops, quantity
 from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
@@ -31,8 +30,6 @@ DONE = 0
 NOT_FINITE = 3  # train.nonfinite_budget steps were skipped; the last checkpoint is from before the last of them
 SAVED = 75  # interrupted and saved: run the same command again
 KILLED = 130  # interrupted and not saved
-
-AHEAD = 2  # batches prepared in advance
 
 
 def train(
@@ -213,16 +210,8 @@ class Run:
 
 def _batches(program: Any, loader: Any, schedule: Schedule, start: int) -> Iterator[tuple[StepPlan, Any]]:
   """The plans from step `start` with their device batches, which a thread prepares ahead."""
-  with concurrent.futures.ThreadPoolExecutor(1, 'batches') as pool:
-    ahead: collections.deque = collections.deque()
-    for plan in map(schedule.plan, range(start, schedule.steps)):
-      ahead.append((plan, pool.submit(program.batch, plan, loader)))
-      if len(ahead) > AHEAD:
-        ready, batch = ahead.popleft()
-        yield ready, batch.result()
-    while ahead:
-      ready, batch = ahead.popleft()
-      yield ready, batch.result()
+  plans = map(schedule.plan, range(start, schedule.steps))
+  return prefetch((plan, program.batch(plan, loader)) for plan in plans)
 
 
 def _identity(loader: Any) -> Any:
