@@ -35,6 +35,7 @@ class Program:
   def __init__(self, config: Config, devices: list[jax.Device] | None = None):
     self.config = config
     self.mesh = make_mesh(config.mesh, devices)
+    self._emulated = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == 'cpu'
     self._plan = make_step_plan(config, self.mesh)
     self._whole = NamedSharding(self.mesh, PartitionSpec())
     self._rows = NamedSharding(self.mesh, PartitionSpec(None, 'data'))
@@ -94,7 +95,7 @@ class Program:
 
   def canonical(self, state: TrainState) -> dict[str, Any]:
     """The state as it is stored: parameters and moments per layer, in canonical order."""
-    return self._run(jax.jit(self._to_canonical, out_shardings=self._canonical_shardings), state)
+    return self._run(self._unstack, state)
 
   def abstract_canonical(self) -> dict[str, Any]:
     """Shapes, dtypes and this mesh's shardings of `canonical`, for a restore."""
@@ -103,11 +104,14 @@ class Program:
 
   def from_canonical(self, tree: dict[str, Any]) -> TrainState:
     """Inverse of `canonical`."""
-    return self._run(jax.jit(self._from_canonical, out_shardings=self._state), tree)
+    return self._run(self._restack, tree)
 
   def _run(self, function: Any, *args: Any) -> Any:
     with jax.set_mesh(self.mesh):
-      return function(*args)
+      result = function(*args)
+    # Emulated CPU devices share one thread pool, in which two programs in flight could each hold the threads that the
+    # other's collectives wait for.
+    return jax.block_until_ready(result) if self._emulated else result
 
   def _fresh(self) -> TrainState:
     plan = self._plan
@@ -127,6 +131,14 @@ class Program:
     return TrainState(params=self._params, opt_state=opt_state, step=self._whole, skipped=self._whole)
 
   @functools.cached_property
+  def _unstack(self) -> Any:
+    return jax.jit(self._to_canonical, out_shardings=self._canonical_shardings)
+
+  @functools.cached_property
+  def _restack(self) -> Any:
+    return jax.jit(self._from_canonical, out_shardings=self._state)
+
+  @functools.cached_property
   def _canonical_shardings(self) -> dict[str, Any]:
     layout = make_layout(self.config, None, make_rules(self.config))
     params = map_layout(lambda leaf: NamedSharding(self.mesh, leaf.stored), layout)
@@ -140,7 +152,10 @@ class Program:
 
     opt = {name: unstack(optax.tree_utils.tree_get(state.opt_state, name)) for name in ('mu', 'nu')}
     opt['count'] = optax.tree_utils.tree_get(state.opt_state, 'count')
-    return {'params': unstack(state.params), 'opt': opt, 'step': state.step, 'skipped': state.skipped}
+    tree = {'params': unstack(state.params), 'opt': opt, 'step': state.step, 'skipped': state.skipped}
+    # Without the copy, jit hands leaves that it does not change through as the same buffers; the next step then waits,
+    # holding them as donated, for a checkpoint that is still reading them.
+    return jax.tree.map(jnp.copy, tree)
 
   def _from_canonical(self, tree: dict[str, Any]) -> TrainState:
     def restack(canonical: Any) -> Any:
