@@ -47,7 +47,7 @@ def attention(
     visible &= (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] != 0)
   visible = visible[:, None, None]  # [b or 1, 1, 1, t, s]
   scores = jnp.einsum('btgrd,bsgd->bgrts', q.reshape(b, t, g, h // g, d), k, preferred_element_type=acc)
-  # A finite bound, not -inf: a row without visible keys stays finite, and so does its gradient.
+  # A finite bound, not -inf: a row without visible keys makes no NaN, which jax_debug_nans would report.
   scores = jnp.where(visible, scores * d**-0.5, jnp.finfo(acc).min / 2)
   weights = jnp.where(jnp.any(visible, axis=-1, keepdims=True), jax.nn.softmax(scores, axis=-1), 0)
   out = jnp.einsum('bgrts,bsgd->btgrd', weights.astype(v.dtype), v, preferred_element_type=acc)

@@ -84,6 +84,9 @@ def test_gradient_stays_in_its_document_and_is_finite():
     # The padding's outputs count too: their gradient must be zero, not NaN.
     return jnp.sum(jnp.sin(out) * (last | (SEGMENTS == 0))[..., None, None])
 
+  with jax.debug_nans(True):  # not even inside
+    eager = jax.grad(lambda a: jnp.sum(attention(**a, q_segments=SEGMENTS, k_segments=SEGMENTS)))
+    eager(make(4, 2, dtype=np.float32))
   for name, grad in gradient(make(4, 2, dtype=np.float32)).items():
     assert np.isfinite(grad).all(), name
     assert np.all(np.asarray(grad)[~last] == 0), name

@@ -97,6 +97,25 @@ def test_value_alone_makes_no_gradients():
   assert matmuls(jax.grad(loss, (0, 1))) == 3
 
 
+def test_constrains_the_logits_of_either_call():
+  h, w, labels = make(np.float32)
+  calls = []
+
+  def constrain(x, axes):
+    calls.append((x.shape, axes))
+    return x
+
+  def loss(h):
+    return cross_entropy(h, w, labels, chunk=7, constrain=constrain)[0]
+
+  jax.make_jaxpr(loss)(h)
+  assert set(calls) == {((7, V), ('tokens', 'vocab'))}
+  calls.clear()
+  jax.make_jaxpr(jax.grad(loss))(h)
+  assert len(calls) >= 2  # the logits and their gradient
+  assert set(calls) == {((7, V), ('tokens', 'vocab'))}
+
+
 def test_inside_loops_and_shard_map(assert_close):
   """As the training step uses it: manual over `data`, vocabulary on `tensor` by the compiler, in a loop."""
   mesh = jax.make_mesh((2, 4), ('data', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
