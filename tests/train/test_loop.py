@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import signal
+import time
 
 import fake_program
 import jax.numpy as jnp
@@ -137,6 +138,24 @@ def test_the_budget_stops_the_run_and_keeps_the_last_good_state(tmp_path, capsys
   err = capsys.readouterr().err
   assert f'nonfinite_budget {budget}' in err and 'the last checkpoint is of step 9' in err
   assert run(tmp_path, {'train.nonfinite_budget': 99}) == loop.DONE  # with the data mended, it goes on
+
+
+def test_skipped_steps_count_on_over_a_resume(tmp_path):
+  bad = [Schedule(CONFIG).plan(step).first_sample for step in (4, 15)]
+  assert run(tmp_path, loader=FakeLoader(bad=bad), program=StopAfter) == loop.SAVED
+  assert run(tmp_path, {'train.nonfinite_budget': 2}, loader=FakeLoader(bad=bad)) == loop.NOT_FINITE
+  assert [(line['step'], line['skipped']) for line in lines(tmp_path) if 'skipped' in line] == [(5, 1), (16, 2)]
+
+
+def test_an_evaluation_does_not_count_as_training_time(tmp_path):
+  class Slow(FakeProgram):
+    def evaluate(self, state, loader, samples):
+      time.sleep(1.0)
+      return super().evaluate(state, loader, samples)
+
+  assert run(tmp_path, {'train.steps': 8, 'loop.checkpoint_every': 0, 'loop.sample_every': 0}, program=Slow) == loop.DONE
+  after = lines(tmp_path, timings=True)[7]  # the step after the evaluation at step 7
+  assert after['tokens_per_second'] > (after['tokens'] - lines(tmp_path)[6]['tokens']) / 1.0
 
 
 def test_log_every_keeps_what_matters(tmp_path):
