@@ -1,4 +1,4 @@
-"""Bytes per device: exact for what the state stores, by formula for what a step holds besides.
+"""Bytes per device: exact for what the state stores, an estimate for what a step holds besides.
 
 Stored, from the same layouts that place the real arrays: the fp32 master (float64 in a float64 run) and Adam's two
 moments, cut over `tensor` and, from ZeRO 1 up, over `data`. Held during a step: the compute copy, the gradients, the
@@ -8,7 +8,7 @@ activations and temporaries. With pipe > 1 the figures are those of the fullest 
                (fp32, not gathered); under ZeRO 3 only one layer's exists at a time, among the temporaries.
   gradients    in train.grad_dtype: whole under ZeRO 0 and 1, a share under 2 and 3 (arXiv 1910.02054, table 1).
   optimizer    both moments in the master's dtype.
-  activations  what the backward pass needs, see `layer_activations`, and one chunk of logits.
+  activations  what the backward pass needs, see `activations`, and one chunk of logits.
   temporaries  what no table of ZeRO lists: one microbatch's gradients beside the accumulated ones, the gradient that
                ZeRO 2 has not scattered yet, the layer that ZeRO 3 has gathered, the head's gradient from the forward pass.
 """
@@ -16,11 +16,11 @@ activations and temporaries. With pipe > 1 the figures are those of the fullest 
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Any
 
-from lmscale.config import Config, ModelConfig
+from lmscale.config import Config
 from lmscale.parallel.layout import LeafLayout, make_layout
 from lmscale.parallel.rules import make_rules
+from lmscale.plan.activations import layer_activations
 
 BYTES = {'bfloat16': 2, 'float32': 4, 'float64': 8}
 
@@ -121,19 +121,23 @@ def _microbatches(config: Config) -> int:
 
 
 def _activation_bytes(config: Config, stage: int, layers: range) -> int:
-  """Of the microbatches in flight on a stage: one without a pipeline, pipe - stage under 1F1B (arXiv 2104.04473)."""
+  """Of the microbatches in flight on a stage: one without a pipeline, pipe - stage under 1F1B (arXiv 2104.04473).
+
+  Under `full` and `selective` also what is recomputed, one layer at a time, and its cotangents.
+  """
   model, mesh, train = config.model, config.mesh, config.train
-  tokens = train.microbatch * train.seq_len
   kinds = [model.layers[i] for i in layers]
+  none = {kind: layer_activations(config, kind, 'none') for kind in set(kinds)}
   if train.remat == 'full':
-    saved = len(kinds) * _stream(config) * tokens
-    working = max(layer_activations(config, kind, 'none') for kind in set(kinds)) * tokens
+    saved, working = len(kinds) * _stream(config) * train.seq_len, 2 * max(none.values())
+  elif train.remat == 'selective':
+    kept = {kind: layer_activations(config, kind, 'selective') for kind in none}
+    saved, working = sum(kept[kind] for kind in kinds), max(2 * none[kind] - kept[kind] for kind in none)
   else:
-    saved, working = sum(layer_activations(config, kind, train.remat) for kind in kinds) * tokens, 0
-    if train.remat == 'selective' and '*' in kinds:
-      working = (layer_activations(config, '*', 'none') - layer_activations(config, '*', 'selective')) * tokens
+    saved, working = sum(none[kind] for kind in kinds), 0  # cotangents take the place of what they no longer need
   in_flight = min(mesh.pipe - stage, _microbatches(config))
-  return saved * in_flight + working + (_loss_bytes(config, tokens) if stage == mesh.pipe - 1 else 0)
+  loss = _loss_bytes(config, train.microbatch * train.seq_len) if stage == mesh.pipe - 1 else 0
+  return train.microbatch * (saved * in_flight + working) + loss
 
 
 def _stream(config: Config) -> int:
@@ -147,45 +151,3 @@ def _loss_bytes(config: Config, tokens: int) -> int:
   compute = BYTES[config.train.compute_dtype]
   logits = min(config.train.loss_chunk, tokens) * config.model.vocab // config.mesh.tensor * 2 * max(4, compute)
   return logits + 2 * compute * config.model.d_model * tokens
-
-
-def layer_activations(config: Config, kind: str, remat: str) -> int:
-  """Bytes per token that one layer of `kind` keeps for its backward pass; remat `none` or `selective`.
-
-  The counting of arXiv 2205.05198, section 4 (without dropout: 32 s b h of its 34 for an attention and an MLP layer in
-  16 bits), extended to the Mamba layers: each input of a matrix product, norm, convolution or nonlinearity, once. What
-  `tensor` cuts is cut. `selective` does not keep the attention scores; `none` keeps them in the accumulator's dtype and,
-  for the product with the values, in the compute dtype.
-  """
-  model, tensor = config.model, config.mesh.tensor
-  compute = BYTES[config.train.compute_dtype]
-  acc = max(4, compute)
-  inside = {'*': _attention, '-': _mlp, 'M': _mamba2, 'm': _mamba}[kind]
-  kept, kept_acc = inside(model, tensor)
-  total = _stream(config) + compute * model.d_model + compute * kept / tensor + acc * kept_acc / tensor
-  if kind == '*' and remat == 'none':
-    total += (acc + compute) * model.attention.heads * config.train.seq_len / tensor
-  return round(total)
-
-
-def _attention(model: ModelConfig, tensor: int) -> tuple[float, float]:
-  """Elements per token, before `tensor` cuts them, in the compute dtype and in the accumulator's."""
-  c = model.attention
-  return c.head_dim * (2 * c.heads + 2 * math.lcm(c.kv_heads, tensor)), 0  # q, the core's output; k, v
-
-
-def _mlp(model: ModelConfig, tensor: int) -> tuple[float, float]:
-  return model.mlp.d_ff * (3 if model.mlp.activation in ('swiglu', 'geglu') else 2), 0
-
-
-def _mamba2(model: ModelConfig, tensor: int) -> tuple[float, float]:
-  c = model.mamba2
-  inner, grouped = c.heads * c.head_dim, math.lcm(c.groups, tensor) * c.state
-  # z, x before and after the convolution, the SSD's output, the normed output; B and C before and after.
-  return 5 * inner + 4 * grouped, inner + 2 * c.heads + inner * c.state / c.chunk  # gated output, dt, chunk states
-
-
-def _mamba(model: ModelConfig, tensor: int) -> tuple[float, float]:
-  c = model.mamba
-  low_rank: Any = tensor * (c.dt_rank + 2 * c.state)  # whole on every device
-  return 4 * c.d_inner + low_rank, 2 * c.d_inner + c.d_inner * c.state / c.chunk

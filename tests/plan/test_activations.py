@@ -1,0 +1,56 @@
+"""What a layer keeps for its backward pass."""
+
+from lmscale.config import Config, from_dict
+from lmscale.plan.activations import layer_activations
+
+S, D, F, H = 64, 32, 128, 4
+
+
+def build(mesh: dict | None = None, **train: object) -> Config:
+  attention = {'heads': H, 'kv_heads': H, 'head_dim': 12}
+  model = {'pattern': 'Mm*-', 'd_model': D, 'attention': attention, 'mlp': {'d_ff': F, 'activation': 'relu2'}}
+  return from_dict({'model': model, 'mesh': mesh or {}, 'train': {'seq_len': S, **train}})
+
+
+def test_mlp_keeps_its_inputs():
+  """At least the normed input and both sides of the activation; not the weights."""
+  kept = layer_activations(build(), '-', 'none')
+  least = 4 * S * (D + 2 * F)
+  assert least <= kept < 3 * least
+
+
+def test_selective_drops_the_scores():
+  dropped = layer_activations(build(), '*', 'none') - layer_activations(build(), '*', 'selective')
+  assert dropped >= 4 * H * S * S
+  for kind in 'Mm-':
+    assert layer_activations(build(), kind, 'none') == layer_activations(build(), kind, 'selective')
+
+
+def test_only_scores_grow_with_the_square_of_the_sequence():
+  long = build(seq_len=4 * S)
+  for kind in 'Mm-':
+    assert layer_activations(long, kind, 'none') < 4.2 * layer_activations(build(), kind, 'none')
+  assert layer_activations(long, '*', 'none') > 6 * layer_activations(build(), '*', 'none')
+
+
+def test_no_layer_keeps_a_state_per_token():
+  state, tokens = 128, 256
+  model = {'mamba2': {'groups': 1, 'state': state, 'chunk': 32}, 'mamba': {'state': state}}  # 256 channels each
+  config = from_dict({'model': {'pattern': 'Mm', 'd_model': D, **model}, 'train': {'seq_len': tokens}})
+  for kind in 'Mm':
+    assert layer_activations(config, kind, 'none') < 4 * tokens * 256 * state / 2
+
+
+def test_tensor_cuts_the_mixer_and_sequence_parallel_the_stream():
+  for kind in 'Mm*-':
+    whole, cut, sequence = (
+      layer_activations(build(mesh), kind, 'none')
+      for mesh in ({}, {'tensor': 4}, {'tensor': 4, 'sequence_parallel': True})
+    )
+    assert whole / 4 < sequence < cut < whole
+
+
+def test_half_the_bytes_in_bfloat16_except_for_accumulators():
+  for kind in 'Mm*-':
+    single, half = (layer_activations(build(compute_dtype=dtype), kind, 'none') for dtype in ('float32', 'bfloat16'))
+    assert single / 2 < half < single
