@@ -31,6 +31,7 @@ if typing.TYPE_CHECKING:
 JOBS = ('train', 'plan')
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'quickstart.py'
 USER_ERROR = 2
+INTERRUPTED = 130
 SMALL_VOCABULARY = 1024  # up to here the order-1 entropy is counted in a dense table
 EXTRAS = {'lm_eval': 'eval', 'transformers': 'hf', 'torch': 'hf'}  # imported package -> the extra that brings it
 
@@ -113,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return train_job(config, flags.workdir)
   except ConfigError as error:
     return _user_error(error, argv)
+  except KeyboardInterrupt:
+    print('interrupted before the first step', file=sys.stderr)
+    return INTERRUPTED
   except ModuleNotFoundError as error:
     package = (error.name or '').partition('.')[0]
     if package in ('', 'lmscale'):

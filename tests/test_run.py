@@ -169,6 +169,15 @@ def test_a_missing_package_names_its_extra(package, advice, capsys, monkeypatch)
   assert advice in err
 
 
+def test_an_interruption_before_the_loop_shows_no_traceback(capsys, monkeypatch):
+  def interrupt(*args: object) -> int:
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(run, 'train_job', interrupt)
+  assert run.main([]) == 130
+  assert 'Traceback' not in capsys.readouterr().err
+
+
 def test_our_own_missing_module_is_a_bug_not_a_user_error(monkeypatch):
   def missing(*args: object) -> int:
     raise ModuleNotFoundError('No module named lmscale.nothing', name='lmscale.nothing')
