@@ -155,6 +155,7 @@ def train_job(config: Config, folder: str | None) -> int:
   """
   if folder is not None:
     check_folder(pathlib.Path(folder).expanduser())
+  check_vocabulary(config)
   mesh_config = resolve_mesh(config, count_devices(config))
 
   from lmscale.data.loader import Loader
@@ -167,7 +168,6 @@ def train_job(config: Config, folder: str | None) -> int:
   print(format_report(report))
   loader = Loader(mesh_config)
   held_out = Loader(mesh_config, 'validation') if config.loop.eval_every else None
-  check_vocabulary(config, loader.vocab)
   print(format_data(loader, report['tokens'] // config.train.seq_len), flush=True)
   with open_workdir(folder, config) as workdir:
     print(f'workdir           {workdir.path}', flush=True)
@@ -194,8 +194,11 @@ def check_folder(folder: pathlib.Path) -> None:
       return
 
 
-def check_vocabulary(config: Config, ids: int) -> None:
+def check_vocabulary(config: Config) -> None:
   """Raises ConfigError where the tokenizer has ids that the embedding has no row for."""
+  from lmscale.data.tokenizer import get_tokenizer
+
+  ids = get_tokenizer(config.data.tokenizer).size
   if ids > config.model.vocab:
     raise ConfigError(
       f'model.vocab: {config.model.vocab} rows are fewer than the {ids} ids of data.tokenizer '

@@ -224,6 +224,11 @@ def test_a_saved_config_is_read_back_and_overridden(capsys, tmp_path):
   assert (config.train.steps, config.data.sources[1].weight, config.mesh.sequence_parallel) == (40, 0.5, True)
 
 
+@pytest.mark.parametrize(('text', 'value'), [('false', False), ('False', False), ('true', True)])
+def test_booleans(text, value):
+  assert run.recipes.load(QUICK, [('mesh.sequence_parallel', text)]).mesh.sequence_parallel is value
+
+
 def test_sources_can_be_given_as_json():
   text = '[{"name": "mine", "kind": "text", "path": "a.txt"}]'
   config = run.recipes.load(QUICK, [('data.sources', text)])
