@@ -47,7 +47,7 @@ class Console:
     self._steps, self._start, self._said = steps, start, -math.inf
     self._bar = None
     if self._stream.isatty():
-      style = '{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]'
+      style = '{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}  {desc}'
       self._bar = tqdm.tqdm(
         total=steps, initial=start, file=self._stream, dynamic_ncols=True, bar_format=style, ascii=not self._unicode()
       )
@@ -56,8 +56,13 @@ class Console:
     return self
 
   def __exit__(self, *error: object) -> None:
-    if self._bar:
+    self.end()
+
+  def end(self) -> None:
+    """Leaves the bar as it is; messages go below it."""
+    if self._bar is not None:
       self._bar.close()
+      self._bar = None
 
   def step(self, step: int, metrics: dict[str, Any], rate: float | None, seconds_left: float | None) -> None:
     """Shows that `step` steps are done. rate: tokens/s, and the time left, None while only compilation was timed."""
@@ -68,7 +73,7 @@ class Console:
     parts += [f'grad {metrics["grad_norm"]:.3g}', f'lr {metrics["learning_rate"]:.3g}']
     parts += [f'ETA {duration(seconds_left)}'] if seconds_left is not None else []
     if self._bar is not None:
-      self._bar.set_postfix_str('  '.join(parts), refresh=False)
+      self._bar.set_description_str('  '.join(parts), refresh=False)
       self._bar.update(step - self._bar.n)
       return
     now = time.monotonic()
@@ -77,9 +82,9 @@ class Console:
       self.say(f'step {step}/{self._steps}  ' + '  '.join(parts))
 
   def say(self, text: str) -> None:
-    """Prints a message above the bar. Characters that the stream cannot encode are escaped."""
+    """Prints a message above the bar. Characters that the stream cannot encode are escaped, as control characters."""
     encoding = getattr(self._stream, 'encoding', None) or 'utf-8'
-    text = text.encode(encoding, 'backslashreplace').decode(encoding)
+    text = printable(text).encode(encoding, 'backslashreplace').decode(encoding)
     if self._bar is not None:
       self._bar.write(text, file=self._stream)
     else:
@@ -87,6 +92,11 @@ class Console:
 
   def _unicode(self) -> bool:
     return (getattr(self._stream, 'encoding', None) or '').lower().replace('-', '') == 'utf8'
+
+
+def printable(text: str) -> str:
+  """`text` with control characters but newline and tab escaped: what a model samples may move a terminal's cursor."""
+  return ''.join(c if c.isprintable() or c in '\n\t' else c.encode('unicode_escape').decode() for c in text)
 
 
 def quantity(value: float) -> str:

@@ -21,7 +21,7 @@ import jax
 from lmscale.config import Config
 from lmscale.data.prefetch import prefetch
 from lmscale.train.checkpoint import Checkpointer
-from lmscale.train.console import Console, device_peak_flops, quantity
+from lmscale.train.console import Console, device_peak_flops, printable, quantity
 from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
 from lmscale.train.schedule import Schedule, StepPlan
 from lmscale.train.workdir import Workdir, check_identity
@@ -187,7 +187,7 @@ class Run:
     loop = self.config.loop
     prompt = [int(i) for i in self.tokenizer.encode(loop.sample_prompt)] or [self.tokenizer.end]
     tokens = self.program.generate(state, prompt, loop.sample_tokens, loop.temperature, self.config.seed + done)
-    text = loop.sample_prompt + self.tokenizer.decode(tokens)
+    text = printable(loop.sample_prompt + self.tokenizer.decode(tokens))
     self.writer.sample(done, text)
     self.console.say(f'step {done}: sample\n{text}\n')
 
@@ -222,6 +222,7 @@ def _identity(loader: Any) -> Any:
 def _finish(console: Console, checkpoints: Checkpointer, workdir: Workdir, reference: float | None) -> None:
   """Draws the loss and says how the run went and where its files are."""
   checkpoints.wait()
+  console.end()
   lines = read_metrics(workdir.path / 'metrics.jsonl')
   plot_loss(workdir.path, reference)
   if lines:

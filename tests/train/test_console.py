@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from lmscale.train.console import Console, device_peak_flops, duration, quantity
+from lmscale.train.console import Console, device_peak_flops, duration, printable, quantity
 
 
 class Stream(io.TextIOWrapper):
@@ -54,6 +54,10 @@ def test_non_finite_numbers_are_shown():
   with Console(2, 0, 1.0, None, stream=stream) as console:
     console.step(1, METRICS | {'loss': float('nan')}, None, None)
   assert 'loss nan' in stream.text()
+
+
+def test_control_characters_are_escaped():
+  assert printable('a\tb\n\x1b[31m\r\u009b caf\u00e9') == 'a\tb\n\\x1b[31m\\r\\x9b caf\u00e9'
 
 
 def test_quantities_and_durations():
