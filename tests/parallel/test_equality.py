@@ -46,6 +46,15 @@ LAYOUTS = [
 
 
 @functools.cache
+def _start(name, dtype):
+  """The initial state of a model on one device, canonical, on the host."""
+  config = tiny.config(model=MODELS[name], compute_dtype=dtype)
+  with jax.enable_x64(dtype == 'float64'):
+    program = Program(config, jax.devices()[:1])
+    return jax.tree.map(np.asarray, program.canonical(program.init()))
+
+
+@functools.cache
 def _result(data, tensor, zero, sequence_parallel, name, dtype, remat='full'):
   """(loss, gradients in canonical order) of one batch of 16 packed sequences."""
   mesh = MeshConfig(1, data, tensor, zero, sequence_parallel)
@@ -55,11 +64,11 @@ def _result(data, tensor, zero, sequence_parallel, name, dtype, remat='full'):
     program = Program(config, jax.devices()[: mesh.size])
     plan = make_step_plan(config, program.mesh)
     batch = program.batch(StepPlan(0, 0, 16, 0, 1e-3), tiny.Rows())
+    params = program.from_canonical(_start(name, dtype)).params
     with jax.set_mesh(program.mesh):
-      params = program.init().params
       grads, loss, count = jax.jit(make_gradients(plan))(params, batch)
-      evaluated = jax.jit(make_evaluate(plan))(params, batch)
-    np.testing.assert_allclose(evaluated[0], loss, rtol=1e-5)
+      if dtype == 'float32':
+        np.testing.assert_allclose(jax.jit(make_evaluate(plan))(params, batch)[0], loss, rtol=1e-5)
     assert int(count) == (tiny.Rows().batch(0, range(16))['labels'] >= 0).sum()
     grads['layers'] = stack.to_layers(grads['layers'], plan.runs)
     return float(loss), jax.tree.map(np.asarray, grads)

@@ -1,0 +1,132 @@
+"""The step and the program around it."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lmscale.config import MeshConfig
+from lmscale.train.program import Program
+from lmscale.train.schedule import Schedule, StepPlan
+from lmscale.train.step import make_gradients, make_step_plan
+
+SMALL = tiny.change(tiny.MODEL, pattern='M-')
+
+
+def _run(config, steps, devices=None, plans=None):
+  program = Program(config, devices)
+  state = program.init()
+  schedule = Schedule(config)
+  losses = []
+  for step in range(steps):
+    plan = plans[step] if plans else schedule.plan(step)
+    state, metrics = program.step(state, program.batch(plan, tiny.Rows()))
+    losses.append(float(metrics['loss']))
+  return program, state, losses
+
+
+def test_training_lowers_the_loss_on_a_mesh_as_on_one_device():
+  optimizer = {'learning_rate': 3e-2, 'min_learning_rate': 1e-2}
+  runs = []
+  for mesh in (MeshConfig(1, 1, 1, 0), MeshConfig(1, 4, 2, 2)):
+    config = tiny.config(mesh, SMALL, microbatch=16 if mesh.size == 1 else 2, steps=8)
+    config = tiny.change(config, optimizer=tiny.change(config.optimizer, **optimizer))
+    plans = [StepPlan(i, 0, 16, 0, 3e-2) for i in range(8)]
+    runs.append(_run(config, 8, jax.devices()[: mesh.size], plans)[2])
+  np.testing.assert_allclose(runs[0], runs[1], rtol=2e-3)
+  assert runs[0][-1] < runs[0][0] - 0.5
+
+
+@pytest.mark.parametrize('mesh', [MeshConfig(1, 8, 1, 3), MeshConfig(1, 2, 4, 1), MeshConfig(1, 4, 2, 0)], ids=str)
+def test_initial_state_is_the_same_on_every_mesh(mesh):
+  one = Program(tiny.config(model=SMALL), jax.devices()[:1])
+  many = Program(tiny.config(mesh, SMALL), jax.devices()[: mesh.size])
+  jax.tree.map(np.testing.assert_array_equal, many.canonical(many.init()), one.canonical(one.init()))
+
+
+def test_canonical_form_is_exact_and_shared_between_stackings():
+  config = tiny.config(MeshConfig(1, 4, 2, 3))
+  program, state, _ = _run(config, 1)
+  stored = program.canonical(state)
+  back = program.from_canonical(stored)
+  jax.tree.map(np.testing.assert_array_equal, back, state)
+  jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding.is_equivalent_to(b.sharding, a.ndim), True), back, state)
+  other = Program(tiny.config(MeshConfig(1, 1, 1, 0), stack='unrolled'), jax.devices()[:1])
+  again = other.canonical(other.from_canonical(jax.tree.map(np.asarray, stored)))
+  jax.tree.map(np.testing.assert_array_equal, again, stored)
+  abstract = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), program.abstract_canonical())
+  assert abstract == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), stored)
+
+
+def test_a_step_that_is_not_finite_changes_only_the_counters():
+  program, state, _ = _run(tiny.config(MeshConfig(1, 4, 2, 1), SMALL), 1)
+  state.params['head']['kernel'] = state.params['head']['kernel'].at[0, 0].set(jnp.inf)
+  before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+  state, metrics = program.step(state, program.batch(Schedule(program.config).plan(1), tiny.Rows()))
+  assert not bool(metrics['ok'])
+  jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
+  assert (int(state.step), int(state.skipped)) == (2, 1)
+
+
+def test_a_ramp_uses_one_program_for_every_batch_size():
+  full = tiny.config(MeshConfig(1, 4, 1, 1), SMALL, microbatch=1)
+  program, _state, losses = _run(full, 2, jax.devices()[:4], [StepPlan(0, 0, 8, 0, 1e-2), StepPlan(1, 8, 16, 0, 1e-2)])
+  assert program._step._cache_size() == 1
+  half = tiny.config(MeshConfig(1, 4, 1, 1), SMALL, microbatch=1, batch=8)
+  _, _, expected = _run(half, 1, jax.devices()[:4], [StepPlan(0, 0, 8, 0, 1e-2)])
+  np.testing.assert_allclose(losses[0], expected[0], rtol=1e-6)
+
+
+def _reduced_dtypes(jaxpr, found):
+  for equation in jaxpr.eqns:
+    if any(word in equation.primitive.name for word in ('psum', 'reduce_scatter')):
+      found.update(str(v.aval.dtype) for v in equation.invars if v.aval.ndim)
+    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, 'eqns')):
+      value = getattr(value, 'jaxpr', value)
+      if hasattr(value, 'eqns'):
+        _reduced_dtypes(value, found)
+  return found
+
+
+@pytest.mark.parametrize('zero', [0, 1, 2, 3])
+@pytest.mark.parametrize('grad_dtype', ['float32', 'bfloat16'])
+def test_gradients_are_reduced_in_the_dtype_asked_for(zero, grad_dtype):
+  config = tiny.config(MeshConfig(1, 8, 1, zero), compute_dtype='bfloat16', grad_dtype=grad_dtype)
+  program = Program(config)
+  batch = {name: jax.ShapeDtypeStruct((2, 8, 16), jnp.int32) for name in tiny.Rows().arrays}
+  batch['microbatches'] = jax.ShapeDtypeStruct((), jnp.int32)
+  with jax.set_mesh(program.mesh):
+    jaxpr = jax.make_jaxpr(make_gradients(make_step_plan(config, program.mesh)))(program.abstract_state().params, batch)
+  found = _reduced_dtypes(getattr(jaxpr, 'jaxpr', jaxpr), collections.Counter())
+  assert set(found) == {grad_dtype}
+
+
+def test_bfloat16_training_keeps_float32_masters():
+  _program, state, losses = _run(tiny.config(MeshConfig(1, 4, 2, 2), SMALL, compute_dtype='bfloat16'), 1)
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
+  _, _, exact = _run(tiny.config(MeshConfig(1, 4, 2, 2), SMALL), 1)
+  assert losses[0] != exact[0]
+  np.testing.assert_allclose(losses[0], exact[0], rtol=2e-2)
+
+
+def test_evaluation_is_the_mean_over_counted_tokens_whatever_the_number_of_samples():
+  program = Program(tiny.config(MeshConfig(1, 4, 2, 1), SMALL))
+  one = Program(tiny.config(model=SMALL, microbatch=16), jax.devices()[:1])
+  state, alone = program.init(), one.init()
+  for samples in (1, 6, 11):
+    loss, count = program.evaluate(state, tiny.Rows(), samples)
+    expected, counted = one.evaluate(alone, tiny.Rows(), samples)
+    assert count == counted == (tiny.Rows().batch(0, range(samples))['labels'] >= 0).sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_a_process_reads_only_the_rows_of_its_devices(monkeypatch):
+  program = Program(tiny.config(MeshConfig(1, 4, 1, 1), SMALL, microbatch=2), jax.devices()[:4])
+  assert program._local_rows(8, 16) == [range(16)]
+  held = {jax.devices()[1]: (slice(None), slice(2, 4), slice(None)), jax.devices()[2]: (slice(None), slice(4, 6), slice(None))}
+  monkeypatch.setattr(program, '_rows', type('Held', (), {'addressable_devices_indices_map': lambda self, shape: held})())
+  assert program._local_rows(8, 16) == [range(2, 4), range(4, 6), range(10, 12), range(12, 14)]
+  assert program._local_rows(8, 11) == [range(2, 4), range(4, 6), range(10, 11)]
