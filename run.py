@@ -217,9 +217,11 @@ def format_data(loader: 'Loader', samples: int) -> str:
 
 
 def count_devices(config: Config) -> int:
-  """The number of devices, after making `emulate` CPU devices where the config asks for them."""
+  """The number of devices, after JAX is set up: float64 and emulated CPU devices where the config asks for them."""
   import jax
 
+  if config.train.compute_dtype == 'float64':
+    jax.config.update('jax_enable_x64', True)
   if config.emulate:
     jax.config.update('jax_platforms', 'cpu')
     # A process that already runs on devices cannot change their number: the mesh check tells.

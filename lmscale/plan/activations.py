@@ -35,17 +35,18 @@ def layer_activations(config: Config, kind: str, remat: str) -> int:
 @functools.cache
 def _saved(model: ModelConfig, kind: str, seq_len: int, dtype: str, remat_attention: bool) -> tuple[int, int]:
   """Bytes saved per sequence: (of width d_model, other), parameters left out."""
-  acc = jnp.promote_types(jnp.float32, dtype)
   specs = stack.layer_specs(model, kind)
-  params = {n: jax.ShapeDtypeStruct(s.shape, acc if s.full_precision else dtype) for n, s in specs.items()}
-  x = jax.ShapeDtypeStruct((1, seq_len, model.d_model), dtype)
-  ids = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
 
   def derivative(params: dict, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.tree_util.Partial:
     ctx = Context(positions, segment_ids, remat_attention=remat_attention)
     return jax.vjp(lambda p, x: LAYERS[kind](model).apply({'params': p}, x, ctx, None)[0], params, x)[1]
 
-  saved = jax.tree.leaves(jax.eval_shape(derivative, params, x, ids, ids))
+  with jax.enable_x64(dtype == 'float64'):
+    acc = jnp.promote_types(jnp.float32, dtype)
+    params = {n: jax.ShapeDtypeStruct(s.shape, acc if s.full_precision else dtype) for n, s in specs.items()}
+    x = jax.ShapeDtypeStruct((1, seq_len, model.d_model), dtype)
+    ids = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
+    saved = jax.tree.leaves(jax.eval_shape(derivative, params, x, ids, ids))
   weights = {(spec.shape, jnp.dtype(spec.dtype)) for spec in params.values()}
   saved = [leaf for leaf in saved if (leaf.shape, leaf.dtype) not in weights]
   stream = sum(_bytes(leaf) for leaf in saved if leaf.shape == x.shape)

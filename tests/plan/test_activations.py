@@ -50,6 +50,12 @@ def test_tensor_cuts_the_mixer_and_sequence_parallel_the_stream():
     assert whole / 4 < sequence < cut < whole
 
 
+def test_twice_the_bytes_in_float64():
+  for kind in 'Mm*-':
+    single, double = (layer_activations(build(compute_dtype=dtype), kind, 'none') for dtype in ('float32', 'float64'))
+    assert 1.9 * single < double <= 2 * single
+
+
 def test_half_the_bytes_in_bfloat16_except_for_accumulators():
   for kind in 'Mm*-':
     single, half = (layer_activations(build(compute_dtype=dtype), kind, 'none') for dtype in ('float32', 'bfloat16'))
