@@ -103,7 +103,8 @@ class Run:
     """Steps from `start` to the end; returns an exit code.
 
     The order matters. A step's metrics are read after the next step is dispatched, so that the device does not wait for
-    the host; but before anything else is done with the state, they are read, checked and logged.
+    the host (unless they are there at once: then reading them now times the step right); but before anything else is
+    done with the state, they are read, checked and logged.
     """
     unread = None
     for plan, batch in _batches(self.program, self.loader, self.schedule, start):
@@ -112,11 +113,14 @@ class Run:
         return NOT_FINITE
       unread = plan, metrics
       done, stop = plan.step + 1, interrupt.requested
-      if not (stop or any(self.due(every, done) for every in self.intervals)):
+      due = stop or any(self.due(every, done) for every in self.intervals)
+      if not due and not metrics['loss'].is_ready():
         continue
       if not self.log(*unread, state if self.due(self.config.loop.eval_every, done) else None):
         return NOT_FINITE
       unread = None
+      if not due:
+        continue
       if self.due(self.config.loop.sample_every, done):
         self.sample(state, done)
       if self.config.loop.checkpoint_every and (stop or self.due(self.config.loop.checkpoint_every, done)):

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-import fake_program
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -158,6 +158,16 @@ def test_an_evaluation_does_not_count_as_training_time(tmp_path):
   assert after['tokens_per_second'] > (after['tokens'] - lines(tmp_path)[6]['tokens']) / 1.0
 
 
+def test_every_line_has_its_own_time(tmp_path):
+  class Blocking(FakeProgram):
+    def step(self, state, batch):
+      time.sleep(0.05)
+      return jax.block_until_ready(super().step(state, batch))
+
+  assert run(tmp_path, program=Blocking) == loop.DONE
+  assert max(line['tokens_per_second'] for line in lines(tmp_path, timings=True)) < 4 * SIZE / 0.05
+
+
 def test_log_every_keeps_what_matters(tmp_path):
   bad = Schedule(CONFIG).plan(7).first_sample
   assert run(tmp_path, {'loop.log_every': 10}, loader=FakeLoader(bad=[bad])) == loop.DONE
@@ -165,12 +175,17 @@ def test_log_every_keeps_what_matters(tmp_path):
 
 
 def test_metrics_are_read_after_the_next_step_is_dispatched(tmp_path, monkeypatch):
-  order = []
+  order, ready = [], False
+
+  class Loss(np.float32):
+    def is_ready(self):
+      return ready
 
   class Watched(FakeProgram):
     def step(self, state, batch):
       order.append('step')
-      return super().step(state, batch)
+      state, metrics = super().step(state, batch)
+      return state, metrics | {'loss': Loss(metrics['loss'])}
 
   def log(self, plan, *rest):
     order.append(plan.step)
@@ -178,8 +193,12 @@ def test_metrics_are_read_after_the_next_step_is_dispatched(tmp_path, monkeypatc
 
   original = loop.Run.log
   monkeypatch.setattr(loop.Run, 'log', log)
-  assert run(tmp_path, {'train.steps': 4, 'loop.checkpoint_every': 100}, program=Watched) == loop.DONE
+  fields = {'train.steps': 4, 'loop.checkpoint_every': 100}
+  assert run(tmp_path / 'late', fields, program=Watched) == loop.DONE
   assert order == ['step', 'step', 0, 'step', 1, 'step', 2, 3]
+  order, ready = [], True
+  assert run(tmp_path / 'at once', fields, program=Watched) == loop.DONE
+  assert order == ['step', 0, 'step', 1, 'step', 2, 'step', 3]
 
 
 def test_the_log_is_on_disk_before_a_checkpoint(tmp_path, monkeypatch):
@@ -231,4 +250,4 @@ def test_the_fake_program_round_trips():
   state = program.init()
   state, _ = program.step(state, (jnp.asarray(np.ones((2, SIZE), np.float32)), 0.1))
   again = program.from_canonical(program.canonical(state))
-  assert fake_program.jax.tree.structure(again) == fake_program.jax.tree.structure(state)
+  assert jax.tree.structure(again) == jax.tree.structure(state)
