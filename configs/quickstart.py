@@ -35,10 +35,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh.tensor = 2
   config.mesh.zero = 1
 
-  config.train.steps = 200
+  config.train.steps = 160
   config.train.batch = 16
   config.train.seq_len = 256
-  config.train.microbatch = 4
+  config.train.microbatch = 1
   config.train.remat = 'none'
   config.optimizer.learning_rate = 3e-3
   config.optimizer.min_learning_rate = 3e-4
