@@ -32,6 +32,13 @@ JOBS = ('train', 'plan')
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'quickstart.py'
 USER_ERROR = 2
 INTERRUPTED = 130
+NEXT = """what to try next:
+  look at the curve              {workdir}/loss.svg
+  another architecture           python run.py --config=configs/mamba_study.py:arch=transformer,size=tiny
+  another pattern of layers      python run.py --config.model.pattern='M-M-M*-M-'
+  another mesh                   python run.py --config.mesh.data=2 --config.mesh.tensor=4 --config.mesh.zero=3
+  what 8B or 1T would take       python run.py --config=configs/megatron_gpt.py:size=1t --job=plan
+  change a layer                 the part "Change a layer" of README.md"""
 SMALL_VOCABULARY = 1024  # up to here the order-1 entropy is counted in a dense table
 EXTRAS = {'lm_eval': 'eval', 'transformers': 'hf', 'torch': 'hf'}  # imported package -> the extra that brings it
 
@@ -111,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = recipes.load(flags.config, overrides)
     if flags.job == 'plan':
       return plan_job(config, flags.json)
-    return train_job(config, flags.workdir)
+    return train_job(config, flags.workdir or f'runs/{config.name}')
   except ConfigError as error:
     return _user_error(error, argv)
   except KeyboardInterrupt:
@@ -148,13 +155,12 @@ def plan_job(config: Config, as_json: bool) -> int:
   return 0
 
 
-def train_job(config: Config, folder: str | None) -> int:
-  """Trains to train.steps, or goes on with the run in `folder` (None: a fresh one); returns the loop's exit code.
+def train_job(config: Config, folder: str) -> int:
+  """Trains to train.steps, or goes on with the run in `folder`; returns the loop's exit code.
 
   Everything that can be wrong is looked at before the folder is made.
   """
-  if folder is not None:
-    check_folder(pathlib.Path(folder).expanduser())
+  check_folder(pathlib.Path(folder).expanduser())
   check_vocabulary(config)
   mesh_config = resolve_mesh(config, count_devices(config))
 
@@ -171,7 +177,7 @@ def train_job(config: Config, folder: str | None) -> int:
   print(format_data(loader, report['tokens'] // config.train.seq_len), flush=True)
   with open_workdir(folder, config) as workdir:
     print(f'workdir           {workdir.path}', flush=True)
-    return loop.train(
+    code = loop.train(
       mesh_config,
       Program(mesh_config),
       loader,
@@ -181,6 +187,11 @@ def train_job(config: Config, folder: str | None) -> int:
       loader.tokenizer,
       reference=loader.order1_entropy() if loader.vocab <= SMALL_VOCABULARY else None,
     )
+  if code == loop.SAVED and not folder:
+    print(f'go on with: --workdir={workdir.path}', file=sys.stderr)
+  if code == loop.DONE:
+    print(NEXT.format(workdir=workdir.path), file=sys.stderr)
+  return code
 
 
 def check_folder(folder: pathlib.Path) -> None:

@@ -107,6 +107,7 @@ class Run:
     done with the state, they are read, checked and logged.
     """
     unread = None
+    self.console.say('compiling the step')
     for plan, batch in _batches(self.program, self.loader, self.schedule, start):
       state, metrics = self.program.step(state, batch)
       if unread and not self.log(*unread):
