@@ -84,10 +84,16 @@ def _init_outer(config: ModelConfig, seed: int, dtype: Any) -> Params:
 
 def embed(config: ModelConfig, params: dict[str, jax.Array], tokens_BT: jax.Array, ctx: Context) -> jax.Array:
   """Token (and learned position) embeddings: tokens int32 [b, t] -> [b, t, d_model]."""
-  x_BTD = jnp.take(params['tokens'], tokens_BT, axis=0)
+  x_BTD = _look_up(params['tokens'], tokens_BT)
   if config.positions == 'learned':
-    x_BTD = x_BTD + jnp.take(params['positions'], ctx.positions, axis=0)
+    x_BTD = x_BTD + _look_up(params['positions'], ctx.positions)
   return ctx.constrain(x_BTD, RESIDUAL)
+
+
+def _look_up(table_VD: jax.Array, index_BT: jax.Array) -> jax.Array:
+  # The gradient adds up all uses of a row. In bfloat16 a sum of equal terms stops growing at 256 of them.
+  acc = jnp.promote_types(jnp.float32, table_VD.dtype)
+  return jnp.take(table_VD.astype(acc), index_BT, axis=0).astype(table_VD.dtype)
 
 
 def final_norm(config: ModelConfig, params: dict[str, jax.Array], x_BTD: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
 def norm(module: nn.Module, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
   """Normalises the last dim of x [..., D] with the model's norm; declares norm_scale (and norm_bias) on `module`.
 
-  layernorm1p stores the scale's offset from 1, so that weight decay pulls the scale to 1.
+  layernorm1p stores the scale's offset from 1 (as Megatron-LM and Nemotron checkpoints do).
   """
   d = config.d_model
   centred = config.norm != 'rmsnorm'

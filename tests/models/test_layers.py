@@ -67,6 +67,18 @@ def test_bfloat16_stays_near_float32():
   assert 0 < float(jnp.abs(exact - rough).max()) < 0.1 * float(jnp.abs(exact).max())
 
 
+@pytest.mark.parametrize('table', ['tokens', 'positions'])
+def test_gradients_of_embeddings_are_summed_in_float32(table):
+  config = tiny.change(tiny.MODEL, positions='learned', max_positions=1)
+  tables = {name: jnp.zeros((rows, 16), jnp.bfloat16) for name, rows in (('tokens', 40), ('positions', 1))}
+  ids = jnp.zeros((3, 1000), jnp.int32)
+
+  def total(tables):
+    return model.embed(config, tables, ids, Context(ids)).astype(jnp.float32).sum()
+
+  np.testing.assert_allclose(np.float32(jax.grad(total)(tables)[table][0]), 3000, rtol=2**-8)
+
+
 @pytest.mark.parametrize('norm', ['rmsnorm', 'layernorm', 'layernorm1p'])
 @pytest.mark.parametrize('activation', ['gelu', 'gelu_tanh', 'relu2', 'swiglu', 'geglu'])
 def test_norms_and_activations_against_numpy(norm, activation):
