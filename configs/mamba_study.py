@@ -13,7 +13,8 @@ size     8b           as published: 8.540, 8.149, 8.237 and 8.655 B parameters w
          tiny         1.65 to 1.74 M parameters (6 % apart, as at 8b) with the 8B models' proportions, on the bytes of the
                       Python standard library: ours
 context  4k           pre-training
-         16k 32k 128k continued pre-training for 50B tokens at 3e-5 -> 3e-6, from the parameters of a 4k run
+         16k 32k 128k continued pre-training for 50B tokens at 3e-5 -> 3e-6, from the parameters of a 4k run:
+         add --config.train.init_from=FOLDER_OF_THE_4K_RUN
 recipe   1.1t         batch 256, learning rate 1e-4 -> 1e-5;  3.5t  batch 1024, 3e-4 -> 3e-5
 
 Expected at 8b, 3.5t, 4k (the paper's average over 12 tasks): transformer 53.17, mamba2 54.69, hybrid 55.82. The two data

@@ -136,6 +136,7 @@ class TrainConfig:
   remat: str = 'full'  # none | selective | full
   stack: str = 'runs'  # runs | unrolled
   loss_chunk: int = 1024  # tokens of one data rank whose logits exist at a time
+  init_from: str = ''  # a finished run's folder: start from its newest parameters, step 0, empty moments
   nonfinite_budget: int = 5  # skipped steps after which the run stops
 
 

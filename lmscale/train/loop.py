@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import signal
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import jax
 
 from lmscale.config import Config
 from lmscale.data.prefetch import prefetch
+from lmscale.errors import ConfigError
 from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.console import Console, device_peak_flops, printable, quantity
 from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
@@ -57,7 +59,8 @@ def train(
   peak = peak and peak * jax.device_count()
   with Interrupt() as interrupt, Checkpointer(workdir.checkpoints, config.loop.keep) as checkpoints:
     complete = (checkpoints.latest() or 0) >= schedule.steps
-    state, start, skipped = (None, checkpoints.latest(), 0) if complete else _begin(program, loader, workdir, checkpoints)
+    begin = (None, checkpoints.latest(), 0) if complete else _begin(config, program, loader, workdir, checkpoints)
+    state, start, skipped = begin
     with (
       MetricsWriter(workdir.path, start) as writer,
       Console(schedule.steps, min(start, schedule.steps), flops_per_token, peak) as console,
@@ -73,13 +76,29 @@ def train(
   return code
 
 
-def _begin(program: Any, loader: Any, workdir: Workdir, checkpoints: Checkpointer) -> tuple[Any, int, int]:
-  """(state, steps taken, steps skipped) from the newest good checkpoint, or of a new run."""
+def _begin(
+  config: Config, program: Any, loader: Any, workdir: Workdir, checkpoints: Checkpointer
+) -> tuple[Any, int, int]:
+  """(state, steps taken, steps skipped): of this run's newest good checkpoint, else of a new run.
+
+  A new run starts from the parameters of train.init_from where that is given (continued pre-training), else from the seed.
+  """
   if checkpoints.latest() is None:
-    return program.init(), 0, 0
+    fresh = program.init()
+    return (_with_parameters_of(config.train.init_from, program, fresh) if config.train.init_from else fresh), 0, 0
   tree, meta = checkpoints.restore(program.abstract_canonical())
   check_identity(meta['data'], _identity(loader), workdir.path)
   return program.from_canonical(tree), meta['step'], meta['skipped']
+
+
+def _with_parameters_of(folder: str, program: Any, fresh: Any) -> Any:
+  """The fresh state with the parameters of the newest checkpoint of another run of the same model."""
+  checkpoints = pathlib.Path(folder).expanduser() / 'checkpoints'
+  if not checkpoints.is_dir():
+    raise ConfigError(f'train.init_from: {folder} has no checkpoints; give the folder of a run that saved one')
+  with Checkpointer(checkpoints) as other:
+    tree, _ = other.restore(program.abstract_canonical())
+  return program.from_canonical({**program.canonical(fresh), 'params': tree['params']})
 
 
 @dataclasses.dataclass

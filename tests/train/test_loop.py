@@ -106,6 +106,16 @@ def test_resume_from_an_earlier_checkpoint_and_longer(tmp_path):
     run(tmp_path / 'twice', {**fixed, 'optimizer.beta1': 0.8})
 
 
+def test_a_run_may_start_from_the_parameters_of_another(tmp_path, whole):
+  path = tmp_path / 'continued'
+  start = {'train.init_from': str(whole), 'train.steps': 2, 'optimizer.warmup_tokens': 0, 'loop.checkpoint_every': 1}
+  assert run(path, start) == loop.DONE
+  assert [line['step'] for line in lines(path)] == [1, 2]
+  assert lines(path)[0]['loss'] < lines(whole)[0]['loss'] / 2
+  with pytest.raises(ConfigError, match=r'train.init_from: .*nowhere has no checkpoints'):
+    run(tmp_path / 'other', {**start, 'train.init_from': str(tmp_path / 'nowhere')})
+
+
 def test_other_data_is_refused(tmp_path):
   constant = {'optimizer.schedule': 'constant', 'optimizer.warmup_tokens': 0}
   assert run(tmp_path, {**constant, 'train.steps': 3}) == loop.DONE
