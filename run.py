@@ -35,8 +35,8 @@ INTERRUPTED = 130
 NEXT = """what to try next:
   look at the curve              {workdir}/loss.svg
   another architecture           python run.py --config=configs/mamba_study.py:arch=transformer,size=tiny
-  another pattern of layers      python run.py --config.model.pattern='M-M-M*-M-'
-  another mesh                   python run.py --config.mesh.data=2 --config.mesh.tensor=4 --config.mesh.zero=3
+  another pattern of layers      python run.py --config.model.pattern='M-M-M*-M-' --workdir=runs/pattern
+  another mesh                   python run.py --config.mesh.tensor=4 --config.mesh.data=2 --workdir=runs/mesh
   what 8B or 1T would take       python run.py --config=configs/megatron_gpt.py:size=1t --job=plan
   change a layer                 the part "Change a layer" of README.md"""
 SMALL_VOCABULARY = 1024  # up to here the order-1 entropy is counted in a dense table
@@ -187,8 +187,6 @@ def train_job(config: Config, folder: str) -> int:
       loader.tokenizer,
       reference=loader.order1_entropy() if loader.vocab <= SMALL_VOCABULARY else None,
     )
-  if code == loop.SAVED and not folder:
-    print(f'go on with: --workdir={workdir.path}', file=sys.stderr)
   if code == loop.DONE:
     print(NEXT.format(workdir=workdir.path), file=sys.stderr)
   return code

@@ -72,7 +72,7 @@ def listing(folder: pathlib.Path) -> list[str]:
     (['--config.mesh.data=3'], ['mesh', '3 * tensor 2 = 6', '8 devices', 'mesh.data=4']),
     (['--config.mesh.tensor=3', '--config.mesh.data=-1'], ['mesh', '8 devices', 'mesh.tensor=2']),
     (['--config.mesh.pipe=2'], ['mesh.pipe', 'mesh.pipe=1']),
-    (['--config.train.batch=12'], ['train.batch', '12', '4 * mesh.data 4 = 16', '16']),
+    (['--config.train.batch=24', '--config.train.microbatch=4'], ['train.batch', '24', '4 * mesh.data 4 = 16', '16 or 32']),
     ([f'--config={GPT}:size=1t'], ['mesh.pipe', '64']),
     (['--job=plan', '--config.mesh.tensor=16'], ['mesh.tensor', '16', 'model.attention.heads 4']),
     # files
@@ -192,6 +192,13 @@ def test_a_workdir_that_cannot_be_a_folder(workdir, capsys, tmp_path):
   (tmp_path / 'file').write_text('')
   assert run.main([f'--workdir={tmp_path / workdir}']) == 2
   assert 'file, not a folder' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('argv', 'folder'), [([], 'runs/quickstart'), (['--workdir='], 'runs/quickstart'),
+                                              (['--config.name=mine'], 'runs/mine'), (['--workdir=here'], 'here')])  # fmt: skip
+def test_a_run_is_kept_in_a_folder_of_its_own(argv, folder, monkeypatch):
+  monkeypatch.setattr(run, 'train_job', lambda config, where: where)
+  assert run.main(argv) == folder
 
 
 def test_plan_prints_json(capsys, empty_folder):

@@ -57,15 +57,15 @@ class Workdir:
     os.close(self._lock)
 
 
-def open_workdir(folder: str | os.PathLike | None, config: Config) -> Workdir:
+def open_workdir(folder: str | os.PathLike, config: Config) -> Workdir:
   """Makes and locks the folder, checks that a run in it may go on with `config`, and records config and environment.
 
-  folder: None makes a fresh `runs/<name>-YYYYmmdd-HHMMSS`. The config is compared once there is a checkpoint to lose.
+  The config is compared once there is a checkpoint to lose.
 
   Raises:
     ConfigError: the folder cannot be made or is in use, or the config changes what an earlier run there computed.
   """
-  path = (fresh_folder(config.name) if folder is None else pathlib.Path(folder).expanduser()).absolute()
+  path = pathlib.Path(folder).expanduser().absolute()
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
@@ -82,15 +82,6 @@ def open_workdir(folder: str | os.PathLike | None, config: Config) -> Workdir:
     workdir.close()
     raise
   return workdir
-
-
-def fresh_folder(name: str, parent: str = 'runs') -> pathlib.Path:
-  """A folder `parent/name-YYYYmmdd-HHMMSS` that does not exist yet (a number is added within one second)."""
-  stamp = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
-  path, attempt = pathlib.Path(parent, f'{name}-{stamp}'), 1
-  while path.exists():
-    path, attempt = pathlib.Path(parent, f'{name}-{stamp}-{attempt}'), attempt + 1
-  return path
 
 
 def check_resume(old: Config, new: Config, path: pathlib.Path) -> None:

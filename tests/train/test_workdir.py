@@ -12,7 +12,7 @@ import pytest
 from lmscale import config as config_lib
 from lmscale.config import Config
 from lmscale.errors import ConfigError
-from lmscale.train.workdir import check_identity, check_resume, fresh_folder, open_workdir, write_atomic
+from lmscale.train.workdir import check_identity, check_resume, open_workdir, write_atomic
 
 
 def change(config, path, value):
@@ -35,17 +35,6 @@ def test_records_config_and_environment(tmp_path):
   assert environment['devices'] == {'count': 8, 'kind': 'cpu', 'platform': 'cpu'}
   assert environment['packages']['jax'] == __import__('jax').__version__
   assert environment['git'] is None or re.fullmatch(r'[0-9a-f]{40}(\+changes)?', environment['git'])
-
-
-def test_default_folder_is_fresh(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  paths = []
-  for _ in range(3):
-    with open_workdir(None, change(Config(), 'name', 'tiny')) as workdir:
-      paths.append(workdir.path)
-  assert len(set(paths)) == 3
-  assert re.fullmatch(r'tiny-\d{8}-\d{6}', paths[0].name) and paths[0].parent == tmp_path / 'runs'
-  assert not fresh_folder('tiny').exists()
 
 
 def test_second_process_is_refused_until_the_first_ends(tmp_path):
