@@ -133,7 +133,7 @@ class Run:
         return NOT_FINITE
       unread = plan, metrics
       done, stop = plan.step + 1, interrupt.requested
-      due = stop or any(self.due(every, done) for every in self.intervals)
+      due = stop or done == self.schedule.steps or any(self.due(every, done) for every in self.intervals)
       if not due and not metrics['loss'].is_ready():
         continue
       if not self.log(*unread, state if self.due(self.config.loop.eval_every, done) else None):

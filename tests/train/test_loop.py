@@ -206,6 +206,10 @@ def test_metrics_are_read_after_the_next_step_is_dispatched(tmp_path, monkeypatc
   fields = {'train.steps': 4, 'loop.checkpoint_every': 100}
   assert run(tmp_path / 'late', fields, program=Watched) == loop.DONE
   assert order == ['step', 'step', 0, 'step', 1, 'step', 2, 3]
+  order.clear()
+  never = fields | {'loop.checkpoint_every': 0, 'loop.eval_every': 0, 'loop.sample_every': 0}
+  assert run(tmp_path / 'nothing but steps', never, program=Watched) == loop.DONE
+  assert order == ['step', 'step', 0, 'step', 1, 'step', 2, 3]
   order, ready = [], True
   assert run(tmp_path / 'at once', fields, program=Watched) == loop.DONE
   assert order == ['step', 0, 'step', 1, 'step', 2, 'step', 3]
