@@ -212,6 +212,12 @@ def _check_positions(config: 'Config') -> None:
       f'model.max_positions: {model.max_positions} learned positions are fewer than train.seq_len '
       f'{seq_len}; set model.max_positions={seq_len}'
     )
+  prompt, sampled = len(config.loop.sample_prompt.encode(errors='surrogatepass')) or 1, config.loop.sample_tokens
+  if model.positions == 'learned' and config.loop.sample_every and prompt + sampled > model.max_positions:
+    raise ConfigError(
+      f'loop.sample_tokens: {sampled} after a prompt of {prompt} bytes = {prompt + sampled} tokens exceed '
+      f'model.max_positions {model.max_positions}; sample fewer'
+    )
   if model.positions != 'learned' and model.max_positions:
     raise ConfigError(
       f'model.max_positions: {model.max_positions} is only used with model.positions=learned, not '

@@ -132,6 +132,11 @@ def test_unknown_fields_name_the_nearest(path, nearest):
     ({'model': {'mlp': {'activation': 'silu'}}}, 'model.mlp.activation', 'swiglu'),
     ({'model': {'positions': 'learned', 'max_positions': 255}}, 'model.max_positions', '255'),
     ({'model': {'max_positions': 256}}, 'model.max_positions', 'only used with'),
+    (
+      {'model': {'positions': 'learned', 'max_positions': 256}, 'loop': {'sample_every': 9, 'sample_tokens': 253}},
+      'loop.sample_tokens',
+      'prompt of 4 bytes = 257 tokens',
+    ),
     ({'model': {'positions': 'rope', 'rope_fraction': 0.4}}, 'model.rope_fraction', '32 * 0.4 = 12.8'),
     ({'model': {'rope_fraction': 0.0}}, 'model.rope_fraction', '(0, 1]'),
     ({'mesh': {'zero': 4}}, 'mesh.zero', '0, 1, 2, 3'),
