@@ -32,7 +32,6 @@ def make_rules(config: Config) -> Rules:
     'ff': 'tensor',
     'vocab': 'tensor',
     'tokens': None,
-    'layers': None,
   }
 
 

@@ -28,11 +28,6 @@ def flops_per_token_paper(model: ModelConfig, seq_len: int) -> int:
   return 3 * _forward(model, seq_len, causal=False)
 
 
-def mfu(flops: float, tokens_per_second: float, devices: int, peak: float) -> float:
-  """Model FLOPs utilisation: FLOPs per token * tokens per second / (devices * peak FLOP/s of one device)."""
-  return flops * tokens_per_second / (devices * peak)
-
-
 def _forward(model: ModelConfig, seq_len: int, causal: bool) -> int:
   per_layer = {kind: _layer(model, kind, seq_len, causal) for kind in LAYER_KINDS if kind in model.layers}
   return sum(per_layer[kind] for kind in model.layers) + 2 * model.d_model * model.vocab

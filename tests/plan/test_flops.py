@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lmscale.config import Mamba2Config, MambaConfig, ModelConfig, from_dict
-from lmscale.plan.flops import flops_per_token, flops_per_token_paper, mfu
+from lmscale.plan.flops import flops_per_token, flops_per_token_paper
 
 
 def gpt(layers: int, h: int, heads: int, vocab: int = 51_200) -> ModelConfig:
@@ -41,9 +41,9 @@ def test_mtnlg_row_of_palm():
 
   PaLM counts 6 FLOPs per parameter; 6 N here leaves out the position table and the biases (0.01 %).
   """
-  rate, devices, peak = 65_430, 2240, 312e12
-  assert mfu(flops_per_token_paper(MTNLG, 2048), rate, devices, peak) == pytest.approx(0.302, abs=5e-4)
-  assert mfu(flops_per_token_paper(MTNLG, 0), rate, devices, peak) == pytest.approx(0.297, abs=5e-4)
+  rate, peak = 65_430, 2240 * 312e12
+  assert flops_per_token_paper(MTNLG, 2048) * rate / peak == pytest.approx(0.302, abs=5e-4)
+  assert flops_per_token_paper(MTNLG, 0) * rate / peak == pytest.approx(0.297, abs=5e-4)
 
 
 def test_ssd_of_the_8b_layer():
