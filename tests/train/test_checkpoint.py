@@ -175,3 +175,13 @@ def test_checksum_sees_one_bit_and_not_the_mesh():
   other.view(np.uint32)[3] ^= 1 << 31
   assert checksums({'x': bits}) != checksums({'x': other})
   assert checksums({'x': np.array([True])}) == {'x': 1}
+
+
+def test_what_a_killed_process_left_is_removed_without_a_word(tmp_path, caplog):
+  tree = make_tree(mesh_of(1, 1))
+  for step in (3, 4):
+    (tmp_path / f'{step}.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
+  with caplog.at_level(logging.WARNING), Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(3, tree, {})
+  assert not caplog.records
+  assert [p.name for p in tmp_path.iterdir()] == ['3']
