@@ -59,7 +59,9 @@ class Layer(nn.Module):
     kernel = weight(self, f'{name}_kernel', (x.shape[-1], size), axes, init)
     y = x @ kernel
     if self.config.bias:
-      y = y + weight(self, f'{name}_bias', (size,), (axes[1],), constant(0.0))
+      acc = accumulator(y.dtype)  # in which the gradient of the bias is then summed over tokens
+      bias = weight(self, f'{name}_bias', (size,), (axes[1],), constant(0.0))
+      y = (y.astype(acc) + bias.astype(acc)).astype(y.dtype)
     return y
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,23 @@ def test_gradients_of_embeddings_are_summed_in_float32(table):
     return model.embed(config, tables, ids, Context(ids)).astype(jnp.float32).sum()
 
   np.testing.assert_allclose(np.float32(jax.grad(total)(tables)[table][0]), 3000, rtol=2**-8)
+
+
+@pytest.mark.parametrize('kind', 'Mm*-')
+def test_nothing_is_summed_in_bfloat16_but_by_matrix_products(kind):
+  config = tiny.change(tiny.MODEL, bias=True, norm='layernorm1p')
+  params = {
+    name: jnp.zeros(spec.shape, jnp.float32 if spec.full_precision else jnp.bfloat16)
+    for name, spec in stack.layer_specs(config, kind).items()
+  }
+  x, ids = jnp.zeros((2, 16, 16), jnp.bfloat16), jnp.ones((2, 16), jnp.int32)
+
+  def gradients(params, x):
+    return jax.vjp(lambda p, x: stack.apply_layer(config, kind, p, x, Context(ids, ids), None)[0], params, x)[1](x)
+
+  text = str(jax.make_jaxpr(gradients)(params, x))
+  assert 'reduce_sum' in text
+  assert not re.findall(r'bf16\[[^\]]*\] = (?:reduce_sum|cumsum|scatter-add|reduce_precision)\b.*', text)
 
 
 @pytest.mark.parametrize('norm', ['rmsnorm', 'layernorm', 'layernorm1p'])
