@@ -1,5 +1,9 @@
-"""A process killed with SIGKILL at any moment, also while it saves, costs nothing but time."""
+"""A process killed with SIGKILL at any moment, also while it saves, costs nothing but time.
 
+Most kills hit a program of milliseconds; one test kills run.py itself.
+"""
+
+import json
 import os
 import pathlib
 import random
@@ -8,8 +12,14 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from fake_program import lines, stored
+
+from lmscale import config as config_lib
+from lmscale.train.checkpoint import Checkpointer
+from lmscale.train.program import Program
 
 SCRIPT = pathlib.Path(__file__).with_name('fake_program.py')
 FIELDS = ('loop.checkpoint_every=2', 'train.steps=40', 'delay=0.02')
@@ -98,3 +108,50 @@ def test_sigterm_exits_75_and_a_second_signal_at_once(tmp_path, whole):
   assert slow.returncode == 130
   assert finish(tmp_path, *FIELDS)[0] == 0
   assert stored(tmp_path) == stored(whole) and lines(tmp_path) == lines(whole)
+
+
+RUN = SCRIPT.parents[2] / 'run.py'
+TEXT = 'to be, or not to be, that is the question\n'
+FLAGS = (
+  '--config.model.pattern=M-', '--config.model.d_model=16', '--config.model.mlp.d_ff=32', '--config.model.mamba2.heads=4',
+  '--config.model.mamba2.head_dim=8', '--config.model.mamba2.state=4', '--config.train.seq_len=32',
+  '--config.train.batch=8', '--config.train.steps=12', '--config.loop.checkpoint_every=2', '--config.loop.sample_every=0',
+  '--config.loop.eval_every=0', '--config.optimizer.warmup_tokens=0',
+)  # fmt: skip
+
+
+def start_run(folder, data):
+  sources = [{'name': 'text', 'kind': 'text', 'path': str(data / 'text.txt')}]
+  argv = [*FLAGS, f'--config.data.sources={json.dumps(sources)}', f'--config.data.cache={data}', f'--workdir={folder}']
+  cache = {'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir}
+  cache['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+  return subprocess.Popen(
+    [sys.executable, str(RUN), *argv], env={**os.environ, **cache}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
+
+
+def stored_run(folder):
+  config = config_lib.from_dict(json.loads((folder / 'config.json').read_text()))
+  with Checkpointer(folder / 'checkpoints') as checkpoints:
+    tree, meta = checkpoints.restore(Program(config).abstract_canonical(), config.train.steps)
+  return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)], meta
+
+
+def test_run_py_killed_while_it_saves_and_resumed_is_the_same_run(tmp_path):
+  (tmp_path / 'text.txt').write_text(TEXT * 400)
+  for name, kills in (('whole', 0), ('killed', 2)):
+    for _ in range(kills):
+      process, log = start_run(tmp_path / name, tmp_path), tmp_path / name / 'metrics.jsonl'
+      before = set((tmp_path / name / 'checkpoints').glob('*'))
+      while not set((tmp_path / name / 'checkpoints').glob('*')) - before or not log.read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+      process.kill()
+      process.communicate()
+      assert process.returncode == -signal.SIGKILL and len(lines(tmp_path / name)) < 12
+    process = start_run(tmp_path / name, tmp_path)
+    err = process.communicate(timeout=300)[1]
+    assert process.returncode == 0 and 'WARNING' not in err, err
+  assert stored_run(tmp_path / 'killed') == stored_run(tmp_path / 'whole')
+  assert lines(tmp_path / 'killed') == lines(tmp_path / 'whole')
