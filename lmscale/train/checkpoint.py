@@ -26,14 +26,19 @@ class DamagedCheckpoint(Exception):
 
 
 class Checkpointer:
-  """Saves and restores canonical trees in `folder`; keeps the newest `keep`. Call from every process."""
+  """Saves and restores canonical trees in `folder`; keeps the newest `keep`. Call from every process.
 
-  def __init__(self, folder: str | pathlib.Path, keep: int = 3):
+  read_only: for the checkpoints of another run, which may be going on: nothing there is changed or removed.
+  """
+
+  def __init__(self, folder: str | pathlib.Path, keep: int = 3, read_only: bool = False):
     self.folder = pathlib.Path(folder).absolute()
     self._bad: list[int] = []  # steps found damaged, out of the way before the next save
     self._manager = ocp.CheckpointManager(
       self.folder,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only
+      ),
       item_handlers={'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()},
     )
 

@@ -96,7 +96,7 @@ def _with_parameters_of(folder: str, program: Any, fresh: Any) -> Any:
   checkpoints = pathlib.Path(folder).expanduser() / 'checkpoints'
   if not checkpoints.is_dir():
     raise ConfigError(f'train.init_from: {folder} has no checkpoints; give the folder of a run that saved one')
-  with Checkpointer(checkpoints) as other:
+  with Checkpointer(checkpoints, read_only=True) as other:
     tree, _ = other.restore(program.abstract_canonical())
   return program.from_canonical({**program.canonical(fresh), 'params': tree['params']})
 

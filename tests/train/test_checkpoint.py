@@ -86,6 +86,19 @@ def test_keep_latest_and_saving_a_step_twice(tmp_path):
     assert checkpoints.restore(abstract(tree), step=10)[1] == {'at': 10}
 
 
+def test_reading_another_run_changes_nothing_there(tmp_path):
+  tree = make_tree(mesh_of(4, 2))
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(5, tree, {}, wait=True)
+  unfinished = tmp_path / '10.orbax-checkpoint-tmp'
+  unfinished.mkdir()
+  with Checkpointer(tmp_path, read_only=True) as checkpoints:
+    assert_bitwise(checkpoints.restore(abstract(tree))[0], tree)
+  assert unfinished.exists()
+  Checkpointer(tmp_path).close()
+  assert not unfinished.exists()
+
+
 def test_no_checkpoint(tmp_path):
   with Checkpointer(tmp_path) as checkpoints, pytest.raises(ConfigError, match='no checkpoint'):
     checkpoints.restore({'w': jax.ShapeDtypeStruct((1,), jnp.float32)})
