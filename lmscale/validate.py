@@ -51,6 +51,7 @@ AT_LEAST = {  # smallest allowed integer
   'loop.log_every': 1, 'loop.eval_every': 0, 'loop.eval_samples': 1, 'loop.checkpoint_every': 0, 'loop.keep': 1,
   'loop.sample_every': 0, 'loop.sample_tokens': 1,
 }  # fmt: skip
+LARGEST = 2**26  # of any integer in model and train but token counts: what is made of them fits in 32 or 64 bits
 
 INTERVALS = {  # finite numbers and where they must lie
   'model.norm_eps': '> 0', 'model.init_std': '> 0', 'model.rope_base': '> 0', 'model.rope_fraction': '(0, 1]',
@@ -79,6 +80,8 @@ def validate(config: 'Config') -> None:
   for path, low in _used(AT_LEAST, config):
     if _get(config, path) < low:
       raise ConfigError(f'{path}: {_get(config, path)} is less than {low}')
+    if path.startswith(('model.', 'train.')) and path != 'train.ramp_tokens' and _get(config, path) > LARGEST:
+      raise ConfigError(f'{path}: {_get(config, path)} is more than {LARGEST}')
   for path, interval in _used(INTERVALS, config):
     _check_number(path, _get(config, path), interval)
   for check in (_check_heads, _check_positions, _check_ramp, _check_schedule, _check_sources, _check_rest):
