@@ -1,0 +1,38 @@
+"""The quickstart as a person runs it, with what is promised of it: loss, time, memory, files."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_quickstart_keeps_its_promises(tmp_path):
+  # conftest's XLA_FLAGS trade speed for compile time.
+  environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+  environment['LMSCALE_CACHE'] = str(tmp_path / 'cache')
+  argv = [sys.executable, ROOT / 'run.py', '--workdir', tmp_path / 'run']
+  with (tmp_path / 'said').open('w') as said:
+    process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=said)
+    _, status, usage = os.wait4(process.pid, 0)
+  process.returncode = os.waitstatus_to_exitcode(status)
+  text = (tmp_path / 'said').read_text()
+  assert process.returncode == 0, text
+  validation = float(re.search(r'^validation loss ([\d.]+) nats per token', text, re.MULTILINE)[1])
+  entropy = float(re.search(r'order-1 entropy of ([\d.]+) nats', text)[1])
+  assert validation <= entropy - 0.1
+  assert 1.5 < entropy < 4  # what Python sources and English have
+  lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  assert lines[-1]['val_loss'] == pytest.approx(validation, abs=1e-4)
+  # Five minutes of two cores: unlike the time on the clock, this does not depend on what else the machine does.
+  assert usage.ru_utime + usage.ru_stime <= 2 * 300
+  assert usage.ru_maxrss / (1024 if sys.platform == 'darwin' else 1) <= 4 * 2**20  # KiB
+  files = {path.name for path in (tmp_path / 'run').iterdir()}
+  wanted = 'config.json environment.json metrics.jsonl tensorboard samples.txt loss.svg checkpoints'
+  assert files >= set(wanted.split())
