@@ -47,7 +47,7 @@ class Console:
     self._steps, self._start, self._said = steps, start, -math.inf
     self._bar = None
     if self._stream.isatty():
-      style = '{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}  {desc}'
+      style = '{n_fmt}/{total_fmt} {desc} |{bar}|'  # the bar takes what the numbers leave of the line
       self._bar = tqdm.tqdm(
         total=steps, initial=start, file=self._stream, dynamic_ncols=True, bar_format=style, ascii=not self._unicode()
       )
@@ -70,10 +70,10 @@ class Console:
     if rate:
       parts += [f'{quantity(rate)}tok/s', f'{quantity(rate * self._flops)}FLOP/s']
       parts += [f'MFU {100 * rate * self._flops / self._peak:.1f}%'] if self._peak else []
-    parts += [f'grad {metrics["grad_norm"]:.3g}', f'lr {metrics["learning_rate"]:.3g}']
     parts += [f'ETA {duration(seconds_left)}'] if seconds_left is not None else []
+    parts += [f'grad {metrics["grad_norm"]:.3g}', f'lr {metrics["learning_rate"]:.3g}']
     if self._bar is not None:
-      self._bar.set_description_str('  '.join(parts), refresh=False)
+      self._bar.set_description_str(' '.join(parts), refresh=False)
       self._bar.update(step - self._bar.n)
       return
     now = time.monotonic()

@@ -1,6 +1,9 @@
 """Lines without a terminal, a bar with one, and streams that cannot say everything."""
 
 import io
+import os
+import pty
+import termios
 
 import pytest
 
@@ -32,7 +35,7 @@ def test_plain_lines_carry_everything_but_not_too_often():
   lines = stream.text().splitlines()
   assert lines[0] == 'step 1/1000  loss 2.3457  grad 0.812  lr 0.001'
   assert lines[1:] == [
-    'step 1000/1000  loss 2.3457  12.3 ktok/s  74.1 GFLOP/s  MFU 7.4%  grad 0.812  lr 0.001  ETA 3:07'
+    'step 1000/1000  loss 2.3457  12.3 ktok/s  74.1 GFLOP/s  MFU 7.4%  ETA 3:07  grad 0.812  lr 0.001'
   ]
 
 
@@ -47,6 +50,19 @@ def test_terminal_gets_a_bar_and_messages_above_it(encoding, monkeypatch):
   assert '7/10' in text and 'loss 2.3457' in text and 'MFU' not in text
   assert ('caf\u00e9 \u2713' if encoding == 'utf-8' else 'caf\\xe9 \\u2713') in text
   assert '\x1b[3' not in text  # no colours
+
+
+@pytest.mark.parametrize('columns', [80, 120])
+def test_every_number_is_seen_on_a_terminal_of_80_columns(columns):
+  ours, theirs = pty.openpty()
+  termios.tcsetwinsize(theirs, (24, columns))
+  with open(theirs, 'w', encoding='utf-8') as stream, Console(160, 0, 6e6, None, stream=stream) as console:
+    console.step(160, METRICS | {'learning_rate': 0.00177}, 12345.0, 187.0)
+  line = os.read(ours, 4096).decode().splitlines()[-1].split('\r')[-1]
+  os.close(ours)
+  for part in ('160/160', 'loss 2.3457', '12.3 ktok/s', '74.1 GFLOP/s', 'ETA 3:07', 'grad 0.812', 'lr 0.00177 |█'):
+    assert part in line
+  assert len(line) <= columns
 
 
 def test_non_finite_numbers_are_shown():
