@@ -40,10 +40,11 @@ class Sampler:
     self._key = (store.identity, seed, split)
     self._epoch = functools.lru_cache(EPOCHS_KEPT)(self._make_epoch)
     if not self.windows_per_epoch:
+      whole = '; documents (text files, JSONL lines) are held out whole: give more of them, or set loop.eval_every=0'
       raise config_lib.ConfigError(
         f'data source {name!r}: its {split} split has {len(self.documents)} of {len(store.split_keys)} documents and '
         f'{self.tokens} tokens, one window takes train.seq_len + 1 = {seq_len + 1}: add text, lower train.seq_len or '
-        f'change data.validation ({fraction})')
+        f'change data.validation ({fraction})' + whole * (split == 'validation'))
 
   def _make_epoch(self, epoch: int) -> Epoch:
     shuffled = order.permutation(len(self.documents), 'documents', epoch, *self._key)
