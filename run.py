@@ -36,7 +36,7 @@ NEXT = """what to try next:
   look at the curve              {workdir}/loss.svg
   another architecture           python run.py --config=configs/mamba_study.py:arch=transformer,size=tiny
   another pattern of layers      python run.py --config.model.pattern='M-M-M*-M-' --workdir=runs/pattern
-  another mesh                   python run.py --config.mesh.tensor=4 --config.mesh.data=2 --workdir=runs/mesh
+  another mesh                   python run.py --config.mesh.data=2 --config.mesh.tensor=4 --config.mesh.zero=3 --workdir=runs/mesh
   what 8B or 1T would take       python run.py --config=configs/megatron_gpt.py:size=1t --job=plan
   change a layer                 the part "Change a layer" of README.md"""
 SMALL_VOCABULARY = 1024  # up to here the order-1 entropy is counted in a dense table
@@ -170,6 +170,8 @@ def train_job(config: Config, folder: str) -> int:
   from lmscale.train.program import Program
   from lmscale.train.workdir import open_workdir
 
+  if config.train.init_from and not (pathlib.Path(folder).expanduser() / 'checkpoints').is_dir():
+    loop.initial_checkpoints(config.train.init_from)
   report = make_report(mesh_config)
   print(format_report(report))
   loader = Loader(mesh_config)

@@ -197,6 +197,12 @@ def test_a_workdir_that_cannot_be_a_folder(workdir, capsys, tmp_path):
   assert 'file, not a folder' in capsys.readouterr().err
 
 
+def test_a_wrong_init_from_makes_no_folder(capsys, tmp_path):
+  argv = [f'--workdir={tmp_path / "new"}', f'--config.train.init_from={tmp_path}', f'--config.data.cache={tmp_path}']
+  assert run.main(argv) == run.USER_ERROR
+  assert 'train.init_from' in capsys.readouterr().err and not (tmp_path / 'new').exists()
+
+
 @pytest.mark.parametrize(('argv', 'folder'), [([], 'runs/quickstart'), (['--workdir='], 'runs/quickstart'),
                                               (['--config.name=mine'], 'runs/mine'), (['--workdir=here'], 'here')])  # fmt: skip
 def test_a_run_is_kept_in_a_folder_of_its_own(argv, folder, monkeypatch):

@@ -91,12 +91,17 @@ def _begin(
   return program.from_canonical(tree), meta['step'], meta['skipped']
 
 
+def initial_checkpoints(folder: str) -> pathlib.Path:
+  """Where the run that train.init_from names keeps its checkpoints. Raises ConfigError where it has none."""
+  path = pathlib.Path(folder).expanduser() / 'checkpoints'
+  if not path.is_dir():
+    raise ConfigError(f'train.init_from: {folder} has no checkpoints; give the folder of a run that saved one')
+  return path
+
+
 def _with_parameters_of(folder: str, program: Any, fresh: Any) -> Any:
   """The fresh state with the parameters of the newest checkpoint of another run of the same model."""
-  checkpoints = pathlib.Path(folder).expanduser() / 'checkpoints'
-  if not checkpoints.is_dir():
-    raise ConfigError(f'train.init_from: {folder} has no checkpoints; give the folder of a run that saved one')
-  with Checkpointer(checkpoints, read_only=True) as other:
+  with Checkpointer(initial_checkpoints(folder), read_only=True) as other:
     tree, _ = other.restore(program.abstract_canonical())
   return program.from_canonical({**program.canonical(fresh), 'params': tree['params']})
 

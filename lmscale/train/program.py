@@ -3,6 +3,7 @@
 Everything that touches devices is behind `Program`; the loop sees states, batches and numbers.
 """
 
+import contextlib
 import functools
 from typing import Any, Protocol
 
@@ -69,7 +70,7 @@ class Program:
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows) for name in ROWS}
     batch['microbatches'] = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._whole)
     batch['learning_rate'] = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._whole)
-    with jax.set_mesh(self.mesh):
+    with jax.set_mesh(self.mesh), self._precision():
       return self._step.lower(self.abstract_state(), batch)
 
   def batch(self, plan: StepPlan, loader: Rows) -> dict[str, jax.Array]:
@@ -107,11 +108,15 @@ class Program:
     return self._run(self._restack, tree)
 
   def _run(self, function: Any, *args: Any) -> Any:
-    with jax.set_mesh(self.mesh):
+    with jax.set_mesh(self.mesh), self._precision():
       result = function(*args)
     # Emulated CPU devices share one thread pool, in which two programs in flight could each hold the threads that the
     # other's collectives wait for.
     return jax.block_until_ready(result) if self._emulated else result
+
+  def _precision(self) -> contextlib.AbstractContextManager:
+    """float32 means float32: accelerators would otherwise multiply it in TF32 or bfloat16."""
+    return contextlib.nullcontext() if self._plan.dtype == jnp.bfloat16 else jax.default_matmul_precision('highest')
 
   def _fresh(self) -> TrainState:
     plan = self._plan
