@@ -87,7 +87,7 @@ def listing(folder: pathlib.Path) -> list[str]:
     ([f'--config={STUDY}:arch=rnn'], ['arch', 'rnn', 'hybrid, transformer']),
     ([f'--config={QUICK}:small'], ['no argument', 'small']),
     ([f'--config={STUDY}:arch=mamba2', '--config.mesh.tensor=8'], ['data', 'path', 'empty']),
-    (['--config.data.sources.0.kind=text', '--config.data.sources.0.path=no.txt'], ['no.txt']),
+    (['--config.data.sources.0.kind=text', '--config.data.sources.0.path=no.txt'], ['data.sources.0', 'no.txt']),
   ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_created(argv, details, capsys, empty_folder):

@@ -6,6 +6,7 @@ run was interrupted, sample i is the same.
 
 import hashlib
 import json
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,13 @@ from lmscale.data.sampler import Sampler
 VERSION = 1  # raise when the same data and seed would give other samples
 SPLITS = ('train', 'validation')
 KEYS = ('tokens', 'labels', 'segment_ids', 'positions')
+
+
+def _open(index: int, source: config_lib.SourceConfig, root: pathlib.Path) -> Any:
+  try:
+    return cache_lib.open_source(source, root)
+  except config_lib.ConfigError as error:
+    raise config_lib.ConfigError(f'data.sources.{index} {source.name!r}: {error}') from error
 
 
 class Loader:
@@ -44,7 +52,7 @@ class Loader:
     seed = config.seed if split == 'train' else 0
     self.blend = Blend([source.weight for source in self.sources], seed, split)
     root = storage.cache_root(data.cache)
-    opened = [cache_lib.open_source(source, root) for source in self.sources]
+    opened = [_open(data.sources.index(source), source, root) for source in self.sources]
     self.stores = [cache_lib.tokenise(source, self.tokenizer, root) for source in opened]
     self.samplers = [
       Sampler(source.name, store, split, data.validation, self.seq_len, seed)

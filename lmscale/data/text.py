@@ -68,7 +68,7 @@ def find_files(path: str, suffix: str) -> list[pathlib.Path]:
   """Sorted files that `path` names: a file, a folder (every `suffix` file below) or a glob. ConfigError if none."""
   root = pathlib.Path(path).expanduser()
   if not path:
-    raise config_lib.ConfigError('data source path: empty; give a file, a folder or a glob')
+    raise config_lib.ConfigError('path: empty; give a file, a folder or a glob')
   if root.is_file():
     return [root]
   if root.is_dir():
@@ -80,7 +80,7 @@ def find_files(path: str, suffix: str) -> list[pathlib.Path]:
   else:
     files, problem = [], 'no such file or folder' if not root.exists() else 'neither a file nor a folder'
   if not files:
-    raise config_lib.ConfigError(f'data source path {path!r}: {problem}')
+    raise config_lib.ConfigError(f'path {path!r}: {problem}')
   return sorted(files)
 
 
