@@ -32,6 +32,8 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
+  """Two linear maps around an activation; swiglu and geglu have a third as gate."""
+
   d_ff: int = 512
   activation: str = 'gelu'  # gelu (erf) | gelu_tanh | relu2 | swiglu | geglu
 
@@ -124,6 +126,8 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
+  """Length, batch, precision and memory of the training step. Batches count sequences of seq_len tokens."""
+
   steps: int = 100
   batch: int = 8  # sequences per step, over the whole mesh (the final size of a ramp)
   seq_len: int = 256
@@ -152,6 +156,8 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+  """The blend of text sources, by weight, and how text becomes tokens."""
+
   sources: tuple[SourceConfig, ...] = (SourceConfig(),)
   tokenizer: str = 'bytes'
   cache: str = ''  # folder of the token cache; empty: ~/.cache/lmscale

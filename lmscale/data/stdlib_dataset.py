@@ -22,6 +22,8 @@ from lmscale.data import stdlib, storage
 
 @dataclasses.dataclass(kw_only=True)
 class StdlibConfig(tfds.core.BuilderConfig):
+  """Which library: `root` is its folder, `files` are its sources to read."""
+
   root: pathlib.Path
   files: Sequence[pathlib.Path]
 
