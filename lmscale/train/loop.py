@@ -42,14 +42,13 @@ def train(
   workdir: Workdir,
   flops_per_token: float,
   tokenizer: Any = None,
-  bytes_per_token: float = 1.0,
   reference: float | None = None,
 ) -> int:
   """Trains to config.train.steps and returns an exit code (see the constants above).
 
   program: see `train.program.Program`. loader, val_loader: rows by sample number; `loader.identity` (JSON) says which
-  data they are. tokenizer: for samples; None where loop.sample_every is 0. bytes_per_token: of the validation text, for
-  bits per byte. reference: a loss to compare with, in nats per token (the order-1 entropy).
+  data they are. tokenizer: for samples; None where loop.sample_every is 0. reference: a loss to compare
+  with, in nats per token (the order-1 entropy).
 
   Raises:
     ConfigError: the checkpoint does not fit the model or the data.
@@ -67,9 +66,7 @@ def train(
     ):
       if start:
         console.say(f'{"complete" if complete else "going on"}: {workdir.path} is at step {start} of {schedule.steps}')
-      run = Run(
-        config, program, loader, val_loader, tokenizer, bytes_per_token, schedule, checkpoints, writer, console, skipped
-      )
+      run = Run(config, program, loader, val_loader, tokenizer, schedule, checkpoints, writer, console, skipped)
       code = DONE if complete else run.steps(state, start, interrupt)
       if code == DONE:
         _finish(console, checkpoints, workdir, reference)
@@ -115,7 +112,6 @@ class Run:
   loader: Any
   val_loader: Any
   tokenizer: Any
-  bytes_per_token: float
   schedule: Schedule
   checkpoints: Checkpointer
   writer: MetricsWriter
@@ -207,7 +203,7 @@ class Run:
   def evaluate(self, state: Any, done: int) -> dict[str, float]:
     """The validation loss in nats per token, and in bits per byte."""
     loss, _ = self.program.evaluate(state, self.val_loader, self.config.loop.eval_samples)
-    bits = loss / math.log(2) / self.bytes_per_token
+    bits = loss / math.log(2)  # a token is a byte: there is no other tokenizer
     self.console.say(f'step {done}: validation loss {loss:.4f}, {bits:.4f} bits per byte')
     return {'val_loss': loss, 'val_bits_per_byte': bits}
 
