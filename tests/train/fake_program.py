@@ -127,7 +127,7 @@ def run(folder, fields=None, loader=None, program=FakeProgram, reference=None):
   config = with_fields(CONFIG, fields or {})
   with open_workdir(folder, config) as workdir:
     loader = loader or FakeLoader()
-    return train(config, program(config), loader, FakeLoader(), workdir, 6.0 * SIZE, FakeTokenizer(), 1.0, reference)
+    return train(config, program(config), loader, FakeLoader(), workdir, 6.0 * SIZE, FakeTokenizer(), reference)
 
 
 def stored(folder, step=None):
