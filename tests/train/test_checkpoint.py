@@ -3,6 +3,7 @@
 import logging
 import pathlib
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +95,8 @@ def test_reading_another_run_changes_nothing_there(tmp_path):
   unfinished.mkdir()
   with Checkpointer(tmp_path, read_only=True) as checkpoints:
     assert_bitwise(checkpoints.restore(abstract(tree))[0], tree)
+  time.sleep(0.5)  # Orbax would clean up in a thread
   assert unfinished.exists()
-  Checkpointer(tmp_path).close()
-  assert not unfinished.exists()
 
 
 def test_no_checkpoint(tmp_path):
