@@ -1,8 +1,8 @@
 """The SSD operation: choice of implementation and what all implementations share.
 
-An implementation maps (x, dt, A, B, C, state, document, chunk) to (y, state) with dt, A, the states and y in the
-accumulator dtype, dt = 0 at padding, and `document` from `segments.documents` or None. Everything else (padding, the
-D skip, the z gate, dtypes) is done here once.
+An implementation maps (x, dt, A, B, C, D, state, document, chunk) to (y, state) with dt, A, D and the states in the
+accumulator dtype, y (D skip included) in that or in x.dtype, dt = 0 at padding, and `document` from
+`segments.documents` or None. Everything else (padding, the z gate, dtypes) is done here once.
 """
 
 import jax
@@ -58,18 +58,16 @@ def ssd(
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"ssd: implementation '{implementation}' is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
   acc = jnp.promote_types(jnp.float32, x.dtype)
-  dt, A = dt.astype(acc), A.astype(acc)
+  dt, A, D = dt.astype(acc), A.astype(acc), None if D is None else D.astype(acc)
   B, C = B.astype(x.dtype), C.astype(x.dtype)
   state = jnp.zeros((b, h, p, B.shape[-1]), acc) if initial_state is None else initial_state.astype(acc)
   document = real = None
   if segment_ids is not None:
     document, real = segments.documents(segment_ids)
     dt = jnp.where(real[..., None], dt, 0)
-  y, state = IMPLEMENTATIONS[implementation](x, dt, A, B, C, state, document, chunk)
-  if D is not None:
-    y = y + D.astype(acc)[:, None] * x.astype(acc)
+  y, state = IMPLEMENTATIONS[implementation](x, dt, A, B, C, D, state, document, chunk)
   if z is not None:
-    y = y * jax.nn.silu(z.astype(acc))
+    y = y.astype(acc) * jax.nn.silu(z.astype(acc))
   if real is not None:
     y = jnp.where(real[..., None, None], y, 0)
   return y.astype(x.dtype), state

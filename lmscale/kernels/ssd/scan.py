@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from lmscale.kernels import segments
 
 
-def ssd_scan(x, dt, A, B, C, state, document, chunk):
+def ssd_scan(x, dt, A, B, C, D, state, document, chunk):
   """The recurrence as `ssd` states it. Shapes and dtypes as in `api`; `chunk` is not used.
 
   Differentiating it stores a state per token.
@@ -25,4 +25,5 @@ def ssd_scan(x, dt, A, B, C, state, document, chunk):
 
   tokens = (x.astype(acc), dt, B, C, keep)
   state, y = jax.lax.scan(step, state, tuple(jnp.moveaxis(token, 1, 0) for token in tokens))
-  return jnp.moveaxis(y, 0, 1), state
+  y = jnp.moveaxis(y, 0, 1)
+  return y if D is None else y + D[:, None] * x.astype(acc), state

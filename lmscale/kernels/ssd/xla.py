@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 
-def ssd_xla(x, dt, A, B, C, state, document, chunk):
+def ssd_xla(x, dt, A, B, C, D, state, document, chunk):
   """Shapes and dtypes as in `api`. Heads are [groups, heads per group] inside and never merge with the batch."""
   b, l, h, p = x.shape
   g, n = B.shape[2:]
@@ -32,6 +32,8 @@ def ssd_xla(x, dt, A, B, C, state, document, chunk):
   body = jax.checkpoint(functools.partial(_chunk, A.reshape(heads)), prevent_cse=False)
   state, y = jax.lax.scan(body, state.reshape(b, *heads, p, n), chunks)
   y = jnp.moveaxis(y, 0, 1).reshape(b, -1, h, p)[:, :l]
+  if D is not None:
+    y += D[:, None] * x.astype(y.dtype)
   return y, state.reshape(b, h, p, n)
 
 
