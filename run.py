@@ -164,7 +164,10 @@ def train_job(config: Config, folder: str) -> int:
   check_vocabulary(config)
   mesh_config = resolve_mesh(config, count_devices(config))
 
+  import jax
+
   from lmscale.data.loader import Loader
+  from lmscale.plan.devices import describe_peak
   from lmscale.plan.report import format_report, make_report
   from lmscale.train import loop
   from lmscale.train.program import Program
@@ -174,6 +177,7 @@ def train_job(config: Config, folder: str) -> int:
     loop.initial_checkpoints(config.train.init_from)
   report = make_report(mesh_config)
   print(format_report(report))
+  print(f'peak              {describe_peak(jax.devices()[0].device_kind, config.train.compute_dtype, jax.device_count())}')
   loader = Loader(mesh_config)
   held_out = Loader(mesh_config, 'validation') if config.loop.eval_every else None
   print(format_data(loader, report['tokens'] // config.train.seq_len), flush=True)

@@ -7,24 +7,6 @@ from typing import Any, Self, TextIO
 
 import tqdm
 
-# Dense bf16 FLOP/s of one device, from the makers' data sheets, by a part of jax.Device.device_kind. The first that
-# fits counts.
-BF16_PEAKS = (
-  ('A100', 312e12), ('H100 NVL', 835e12), ('H100 PCIe', 756e12), ('H100', 989e12), ('H200', 989e12), ('GH200', 989e12),
-  ('B200', 2250e12), ('TPU v4', 275e12), ('TPU v5 lite', 197e12), ('TPU v5e', 197e12), ('TPU v5p', 459e12),
-  ('TPU v5', 459e12), ('TPU v6 lite', 918e12), ('TPU v6e', 918e12),
-)  # fmt: skip
-
-
-def device_peak_flops(device_kind: str, dtype: str) -> float | None:
-  """Peak dense matmul FLOP/s of one device (jax's `device_kind`) in a compute dtype; None where it is not known.
-
-  Only bfloat16 has one meaning: float32 matmuls run in TF32, in three bf16 passes or in full, as the precision says.
-  """
-  if dtype != 'bfloat16':
-    return None
-  return next((peak for part, peak in BF16_PEAKS if part.lower() in device_kind.lower()), None)
-
 
 class Console:
   """Progress and messages on `stream` (standard error by default); a context manager.

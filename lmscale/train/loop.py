@@ -22,8 +22,9 @@ import jax
 from lmscale.config import Config
 from lmscale.data.prefetch import prefetch
 from lmscale.errors import ConfigError
+from lmscale.plan.devices import device_peak_flops
 from lmscale.train.checkpoint import Checkpointer
-from lmscale.train.console import Console, device_peak_flops, printable, quantity
+from lmscale.train.console import Console, printable, quantity
 from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
 from lmscale.train.schedule import Schedule, StepPlan
 from lmscale.train.workdir import Workdir, check_identity

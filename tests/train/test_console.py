@@ -7,7 +7,7 @@ import termios
 
 import pytest
 
-from lmscale.train.console import Console, device_peak_flops, duration, printable, quantity
+from lmscale.train.console import Console, duration, printable, quantity
 
 
 class Stream(io.TextIOWrapper):
@@ -80,16 +80,3 @@ def test_quantities_and_durations():
   got = [quantity(x) for x in (0, 7.5, 999.0, 1000.0, 1234567, 9.89e14)]
   assert got == ['0 ', '7.5 ', '999 ', '1 k', '1.23 M', '989 T']
   assert [duration(x) for x in (0, 45.4, 187, 7500, 273600)] == ['0s', '45s', '3:07', '2:05:00', '3d 04:00']
-
-
-@pytest.mark.parametrize(
-  ('kind', 'peak'),
-  [
-    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12),
-    ('NVIDIA H200', 989e12), ('NVIDIA B200', 2250e12), ('TPU v4', 275e12), ('TPU v5 lite', 197e12), ('TPU v5p', 459e12),
-    ('TPU v5', 459e12), ('TPU v6 lite', 918e12), ('cpu', None),
-  ],
-)  # fmt: skip
-def test_peaks(kind, peak):
-  assert device_peak_flops(kind, 'bfloat16') == peak
-  assert device_peak_flops(kind, 'float32') is None
