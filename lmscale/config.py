@@ -205,6 +205,15 @@ def to_dict(config: Any) -> dict[str, Any]:
   return plain(config)
 
 
+def flatten(value: Any, prefix: str = '') -> dict[str, Any]:
+  """Nested dicts and lists, such as `to_dict` gives, as {dotted path: leaf}; empty ones vanish."""
+  items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+  if items is None:
+    return {prefix: value}
+  join = prefix + '.' if prefix else ''
+  return {name: leaf for key, part in items for name, leaf in flatten(part, f'{join}{key}').items()}
+
+
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
   """A mutable, locked copy for a recipe to change: a field that does not exist cannot be set by accident."""
   values = to_dict(config)

@@ -113,7 +113,7 @@ def check_identity(old: Any, new: Any, path: pathlib.Path) -> None:
   Raises:
     ConfigError: one line per part that changed.
   """
-  before, after = _flatten(old), _flatten(new)
+  before, after = config_lib.flatten(old), config_lib.flatten(new)
   lines = [f'  {n or "identity"}: {_show(before, n)} -> {_show(after, n)}' for n in {**before, **after}
            if before.get(n) != after.get(n)]  # fmt: skip
   if lines:
@@ -176,15 +176,7 @@ def _comparable(config: Config) -> dict[str, Any]:
   optimizer = config.optimizer
   if optimizer.schedule != 'constant':
     optimizer = dataclasses.replace(optimizer, decay_tokens=optimizer.decay_tokens or run_tokens(config.train))
-  return _flatten(config_lib.to_dict(dataclasses.replace(config, optimizer=optimizer)))
-
-
-def _flatten(value: Any, prefix: str = '') -> dict[str, Any]:
-  items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-  if items is None:
-    return {prefix: value}
-  join = prefix + '.' if prefix else ''
-  return {name: leaf for key, part in items for name, leaf in _flatten(part, f'{join}{key}').items()}
+  return config_lib.flatten(config_lib.to_dict(dataclasses.replace(config, optimizer=optimizer)))
 
 
 def _show(values: dict[str, Any], name: str) -> str:
