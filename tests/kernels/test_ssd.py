@@ -199,7 +199,7 @@ def test_two_passes_equal_one(segments, assert_close):
 
 def test_token_by_token_equals_one_pass(assert_close):
   arguments = make(l=5, dtype=np.float32)
-  one = jax.jit(lambda token: ssd(**token))  # l == 1: the default is 'scan'
+  one = jax.jit(lambda token: ssd(**token))  # l == 1: ssd_update
   y, state = [], arguments['initial_state']
   for t in range(5):
     token = {k: a[:, t : t + 1] if k in ('x', 'dt', 'B', 'C', 'z') else a for k, a in arguments.items()}

@@ -26,4 +26,4 @@ def ssd_scan(x, dt, A, B, C, D, state, document, chunk):
   tokens = (x.astype(acc), dt, B, C, keep)
   state, y = jax.lax.scan(step, state, tuple(jnp.moveaxis(token, 1, 0) for token in tokens))
   y = jnp.moveaxis(y, 0, 1)
-  return y if D is None else y + D[:, None] * x.astype(acc), state
+  return y if D is None else y + D.reshape(x.shape[2], -1) * x.astype(acc), state

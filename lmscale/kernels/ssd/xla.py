@@ -16,6 +16,11 @@ import jax
 import jax.numpy as jnp
 
 
+def default_chunk() -> int:
+  """Tokens per chunk where the caller names none."""
+  return 64
+
+
 def ssd_xla(x, dt, A, B, C, D, state, document, chunk):
   """Shapes and dtypes as in `api`. Heads are [groups, heads per group] inside and never merge with the batch."""
   b, l, h, p = x.shape
@@ -33,7 +38,7 @@ def ssd_xla(x, dt, A, B, C, D, state, document, chunk):
   state, y = jax.lax.scan(body, state.reshape(b, *heads, p, n), chunks)
   y = jnp.moveaxis(y, 0, 1).reshape(b, -1, h, p)[:, :l]
   if D is not None:
-    y += D[:, None] * x.astype(y.dtype)
+    y += D.reshape(h, -1) * x.astype(y.dtype)
   return y, state.reshape(b, h, p, n)
 
 
