@@ -24,16 +24,30 @@ def largest_array():
 
 @pytest.fixture
 def assert_close():
-  """assert_close(got, want, tolerance): per leaf, max |got - want| <= tolerance * max |want|."""
+  """The kernel tests' one comparison, see `_assert_close`."""
+  return _assert_close
 
-  def check(got, want, tolerance):
-    got, want = (jax.tree_util.tree_leaves_with_path(tree) for tree in (got, want))
-    assert [path for path, _ in got] == [path for path, _ in want]
-    for (path, a), (_, b) in zip(got, want, strict=True):
-      a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-      assert a.shape == b.shape, path
-      assert np.isfinite(a).all(), path
-      error, scale = np.abs(a - b).max(initial=0), np.abs(b).max(initial=0)
-      assert error <= tolerance * scale, f'{jax.tree_util.keystr(path)}: error {error:.3g}, scale {scale:.3g}'
 
-  return check
+def _assert_close(got, want, relative, absolute=None):
+  """Per leaf: rms(got - want) <= relative * rms(want), and max |got - want| <= absolute; both are printed.
+
+  absolute None stands for relative * max |want|. Trees and shapes must agree, and nothing may be NaN or Inf.
+  """
+  got, want = (jax.tree_util.tree_leaves_with_path(tree) for tree in (got, want))
+  assert [path for path, _ in got] == [path for path, _ in want]
+  report, failed = [], False
+  for (path, a), (_, b) in zip(got, want, strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape, f'{jax.tree_util.keystr(path)}: shape {a.shape}, wanted {b.shape}'
+    assert np.isfinite(a).all(), f'{jax.tree_util.keystr(path)}: not finite'
+    error, scale = np.abs(a - b).max(initial=0), np.abs(b).max(initial=0)
+    bound = relative * scale if absolute is None else absolute
+    rms_error, rms = (np.sqrt(np.mean(np.square(m))) if m.size else 0.0 for m in (a - b, b))
+    ok = rms_error <= relative * rms and error <= bound
+    failed |= not ok
+    report.append(
+      f'{"ok  " if ok else "FAIL"} {jax.tree_util.keystr(path)}: relative RMSE {rms_error / (rms or 1):.2e} '
+      f'(bound {relative:.0e}), absolute {error:.2e} (bound {bound:.2e}), largest {scale:.2e}'
+    )
+  print('\n'.join(report))
+  assert not failed, '\n'.join(report)
