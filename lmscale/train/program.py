@@ -64,14 +64,18 @@ class Program:
     """Shapes, dtypes and shardings of the state."""
     return self._abstract(jax.eval_shape(self._fresh), self._state)
 
-  def lower_step(self) -> Any:
-    """The step lowered from shapes alone; `.compile()` it to read its text or its memory."""
+  def lower_step(self, platform: str | None = None) -> Any:
+    """The step lowered from shapes alone; `.compile()` it to read its text or its memory.
+
+    platform: 'cuda' or 'tpu' instead of the devices at hand; its text can then be read, but not compiled here.
+    """
     shape = (self.config.train.batch // self.rows_per_microbatch, self.rows_per_microbatch, self.config.train.seq_len)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows) for name in ROWS}
     batch['microbatches'] = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._whole)
     batch['learning_rate'] = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._whole)
     with jax.set_mesh(self.mesh), self._precision():
-      return self._step.lower(self.abstract_state(), batch)
+      traced = self._step.trace(self.abstract_state(), batch)
+      return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
 
   def batch(self, plan: StepPlan, loader: Rows) -> dict[str, jax.Array]:
     """The device batch of a step; a process reads only the rows that its devices hold."""
