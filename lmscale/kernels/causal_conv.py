@@ -1,4 +1,8 @@
-"""The causal depthwise convolution in front of both Mamba mixers, as shifted multiply-adds (XLA fuses them)."""
+"""The causal depthwise convolution in front of both Mamba mixers, as shifted multiply-adds (XLA fuses them).
+
+Between the passes only the inputs are kept, in their own dtypes: the backward pass makes the sums again, as SiLU's
+derivative costs less than the memory of a float32 array per token and channel.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +28,9 @@ def causal_conv(
     segment_ids: [b, l], 0 = padding, which outputs zero and is never a tap.
 
   Returns:
-    y [b, l, c] in x.dtype (sums and SiLU in promote_types(float32, x.dtype)), and the window [b, k - 1, c] in x.dtype
-    with which the last document goes on: the k - 1 tokens up to the last real one, those of other documents and
-    padding as zeros.
+    y [b, l, c] in x.dtype (sums and SiLU, and the sums of the gradients, in acc = promote_types(float32, x.dtype)),
+    and the window [b, k - 1, c] in x.dtype with which the last document goes on: the k - 1 tokens up to the last real
+    one, those of other documents and padding as zeros.
 
   Raises:
     ValueError: shapes that do not fit.
@@ -38,30 +42,84 @@ def causal_conv(
   for name, (value, shape) in shapes.items():
     if value is not None and value.shape != shape:
       raise ValueError(f'causal_conv: {name} has shape {value.shape}, but x {x.shape} needs {shape}')
-  acc = jnp.promote_types(jnp.float32, x.dtype)
   window = jnp.zeros((b, k - 1, c), x.dtype) if initial_window is None else initial_window.astype(x.dtype)
+  return _conv(x, weight, bias, window, segment_ids), _final_window(x, window, segment_ids)
+
+
+@jax.custom_vjp
+def _conv(x, weight, bias, window, segment_ids):
+  """y of `causal_conv`."""
+  y = jax.nn.silu(_sums(_taps(x, weight, window, segment_ids), weight, bias))
+  return _real(y, segment_ids).astype(x.dtype)
+
+
+def _conv_fwd(*inputs):
+  return _conv(*inputs), inputs
+
+
+def _conv_bwd(inputs, dy):
+  x, weight, bias, window, segment_ids = inputs
+  k = len(weight)
+  taps = _taps(x, weight, window, segment_ids)
+  _, silu_vjp = jax.vjp(jax.nn.silu, _sums(taps, weight, bias))
+  (dsum,) = silu_vjp(_real(dy.astype(taps[0].dtype), segment_ids))
+  dtokens = 0
+  for i, visible in enumerate(_visible(segment_ids, k)):
+    dtap = weight[i].astype(dsum.dtype) * dsum
+    dtap = dtap if visible is None else jnp.where(visible, dtap, 0)
+    dtokens += jnp.pad(dtap, ((0, 0), (i, k - 1 - i), (0, 0)))
+  dweight = jnp.stack([jnp.sum(dsum * tap, (0, 1)) for tap in taps]).astype(weight.dtype)
+  dbias = None if bias is None else jnp.sum(dsum, (0, 1)).astype(bias.dtype)
+  dtokens = dtokens.astype(x.dtype)
+  return dtokens[:, k - 1 :], dweight, dbias, dtokens[:, : k - 1], None
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def _taps(x, weight, window, segment_ids):
+  """k arrays [b, l, c] in acc: what weight[i] multiplies, zero where it is of another document or padding."""
+  acc = jnp.promote_types(jnp.float32, x.dtype)
   tokens = jnp.concatenate([window, x], axis=1)
-  document = usable = real = None
-  if segment_ids is not None:
-    document, real = segments.documents(segment_ids)
-    document = jnp.pad(document, ((0, 0), (k - 1, 0)))
-    usable = jnp.pad(real, ((0, 0), (k - 1, 0)), constant_values=True)
-  y = jnp.zeros((b, l, c), acc) if bias is None else jnp.broadcast_to(bias.astype(acc), (b, l, c))
-  for i in range(k):
-    tap = tokens[:, i : i + l].astype(acc)
-    if segment_ids is not None:
-      same = (document[:, i : i + l] == document[:, k - 1 :]) & usable[:, i : i + l]
-      tap = jnp.where(same[..., None], tap, 0)
-    y = y + weight[i].astype(acc) * tap
-  y = jax.nn.silu(y)
+  taps = [tokens[:, i : i + x.shape[1]].astype(acc) for i in range(len(weight))]
+  visible = _visible(segment_ids, len(weight))
+  return [tap if mask is None else jnp.where(mask, tap, 0) for tap, mask in zip(taps, visible, strict=True)]
+
+
+def _sums(taps, weight, bias):
+  acc = taps[0].dtype
+  start = jnp.zeros((), acc) if bias is None else bias.astype(acc)
+  return sum((weight[i].astype(acc) * tap for i, tap in enumerate(taps)), start)
+
+
+def _visible(segment_ids, k):
+  """k masks [b, l, 1]: whether tap i of a token is of the token's document; None everywhere without segments."""
   if segment_ids is None:
-    return y.astype(x.dtype), tokens[:, l:]
-  y = jnp.where(real[..., None], y, 0)
-  return y.astype(x.dtype), _final_window(tokens, document, usable, real, k)
+    return [None] * k
+  document, usable, _ = _tokens(segment_ids, k)
+  l = segment_ids.shape[1]
+  same = [(document[:, i : i + l] == document[:, k - 1 :]) & usable[:, i : i + l] for i in range(k)]
+  return [mask[..., None] for mask in same]
 
 
-def _final_window(tokens, document, usable, real, k):
+def _tokens(segment_ids, k):
+  """document and usable [b, k - 1 + l] of the window and x, and real [b, l]."""
+  document, real = segments.documents(segment_ids)
+  usable = jnp.pad(real, ((0, 0), (k - 1, 0)), constant_values=True)
+  return jnp.pad(document, ((0, 0), (k - 1, 0))), usable, real
+
+
+def _real(y, segment_ids):
+  return y if segment_ids is None else jnp.where((segment_ids != 0)[..., None], y, 0)
+
+
+def _final_window(x, window, segment_ids):
   """[b, k - 1, c]: the k - 1 tokens that end at the last real token of each row, see `causal_conv`."""
+  tokens = jnp.concatenate([window, x], axis=1)
+  if segment_ids is None:
+    return tokens[:, x.shape[1] :]
+  k = window.shape[1] + 1
+  document, usable, real = _tokens(segment_ids, k)
   length = jnp.max(jnp.where(real, jnp.arange(1, real.shape[1] + 1), 0), axis=1)
   index = length[:, None] + jnp.arange(k - 1)
   last = document[:, -1:]  # padding has the number of the document before it

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lmscale.config import ModelConfig
+from lmscale.kernels import gated_norm
 from lmscale.models.context import Context
 from lmscale.models.params import constant, weight
 
@@ -40,22 +41,18 @@ def gated_group_norm(
 
   y, z: [b, t, h, p] with h divisible by `groups`; scale: [h, p]. Returns [b, t, h, p] in y's dtype.
   Where the mesh does not cut the heads along group borders, the sums of squares of a group are added over the mesh:
-  one reduction of [b, t, groups].
+  one reduction of [b, t, groups] in each pass.
   """
-  dtype = y_BTHP.dtype
-  b, t, h, p = y_BTHP.shape
-  acc = accumulator(dtype)
-  y = y_BTHP.astype(acc) * nn.silu(z_BTHP.astype(acc))
-  squares_BTH = jnp.square(y).sum(-1)
-  if groups % ctx.tensor == 0:
-    squares_BTG = squares_BTH.reshape(b, t, groups, h // groups).sum(-1)
-    inverse_BTG = jax.lax.rsqrt(squares_BTG / (h // groups * p) + eps)
-    inverse_BTH = jnp.repeat(inverse_BTG, h // groups, axis=-1)
-  else:
-    member_HG = jnp.repeat(jnp.eye(groups, dtype=acc), h // groups, axis=0)
-    squares_BTG = jnp.einsum('bth,hg->btg', squares_BTH, member_HG, precision='highest')
-    squares_BTG = ctx.constrain(squares_BTG, ('batch', 'length', None))
-    inverse_BTG = jax.lax.rsqrt(squares_BTG / (h // groups * p) + eps)
-    inverse_BTH = jnp.einsum('btg,hg->bth', inverse_BTG, member_HG, precision='highest')
-  inverse_BTH = ctx.constrain(inverse_BTH, ('batch', 'length', 'heads'))
-  return (y * inverse_BTH[..., None] * scale_HP).astype(dtype)
+
+  def group_sum(m_BTH: jax.Array, groups: int) -> jax.Array:
+    h = m_BTH.shape[2]
+    if groups % ctx.tensor == 0:
+      sums_BTH = gated_norm.group_sum(m_BTH, groups)
+    else:
+      member_HG = jnp.repeat(jnp.eye(groups, dtype=m_BTH.dtype), h // groups, axis=0)
+      sums_BTG = jnp.einsum('bth,hg->btg', m_BTH, member_HG, precision='highest')
+      sums_BTG = ctx.constrain(sums_BTG, ('batch', 'length', None))
+      sums_BTH = jnp.einsum('btg,hg->bth', sums_BTG, member_HG, precision='highest')
+    return ctx.constrain(sums_BTH, ('batch', 'length', 'heads'))
+
+  return gated_norm.gated_norm(y_BTHP, z_BTHP, scale_HP, groups, eps, group_sum=group_sum)

@@ -23,6 +23,17 @@ def largest_array():
 
 
 @pytest.fixture
+def kept_bytes():
+  """kept_bytes(function, *arguments): bytes that jax.vjp keeps for the backward pass with respect to the first."""
+
+  def measure(function, first, *rest):
+    kept = jax.eval_shape(lambda first, rest: jax.vjp(lambda first: function(first, *rest), first)[1], first, rest)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+  return measure
+
+
+@pytest.fixture
 def assert_close():
   """The kernel tests' one comparison, see `_assert_close`."""
   return _assert_close

@@ -15,7 +15,7 @@ def make(b=2, l=13, c=3, k=4, window=True, dtype=np.float64):
   shapes = {'x': (b, l, c), 'weight': (k, c), 'bias': (c,)}
   if window:
     shapes['initial_window'] = (b, k - 1, c)
-  return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+  return {name: jnp.asarray(rng.normal(size=shape).astype(dtype)) for name, shape in shapes.items()}
 
 
 def loop(x, weight, bias, initial_window, segment_ids):
@@ -125,6 +125,56 @@ def test_bfloat16_sums_in_float32(assert_close):
   assert y.dtype == window.dtype == jnp.bfloat16
   want = loop(**jax.tree.map(lambda a: np.asarray(a, np.float64), arguments), segment_ids=np.ones((2, 13), int))
   assert_close((y, window), want, 4e-3)  # half a unit in the last place of bf16: one rounding only
+
+
+def plain(x, weight, bias, initial_window, segment_ids=None):
+  """y by the definition, for automatic differentiation."""
+  k, l = len(weight), x.shape[1]
+  tokens = jnp.concatenate([initial_window, x], axis=1)
+  taps = jnp.stack([tokens[:, i : i + l] for i in range(k)])
+  if segment_ids is not None:
+    first = np.array([next(i for i in row if i) for row in segment_ids])
+    ids = np.concatenate([np.tile(first[:, None], k - 1), segment_ids], axis=1)
+    same = np.stack([ids[:, i : i + l] == segment_ids for i in range(k)]) & (segment_ids != 0)
+    taps, bias = taps * same[..., None], bias * (segment_ids != 0)[..., None]
+  return jax.nn.silu(bias + jnp.einsum('kc,kblc->blc', weight, taps))
+
+
+@pytest.mark.parametrize('k', [1, 4])
+@pytest.mark.parametrize('segments', [None, SEGMENTS], ids=['one', 'packed'])
+def test_gradients_equal_those_of_the_plain_form(segments, k, assert_close):
+  def gradient(function):
+    return jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(function(a)))))
+
+  with jax.enable_x64(True):
+    arguments = make(k=k)
+    want = gradient(lambda a: plain(**a, segment_ids=segments))(arguments)
+    got = gradient(lambda a: causal_conv(**a, segment_ids=segments)[0])(arguments)
+    assert_close(got, want, 1e-12)
+
+
+@pytest.mark.parametrize('segments', [None, SEGMENTS], ids=['one', 'packed'])
+def test_only_the_inputs_are_kept(segments, kept_bytes):
+  arguments = make(dtype=jnp.bfloat16)
+  inputs = sum(a.nbytes for a in arguments.values()) + (0 if segments is None else segments.astype(np.int32).nbytes)
+
+  def run(arguments, segments):
+    return causal_conv(**arguments, segment_ids=segments)[0]
+
+  assert kept_bytes(run, arguments, segments) <= inputs
+  assert kept_bytes(lambda a, _: plain(**a), arguments, None) > 2 * inputs  # the check can fail
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32(assert_close):
+  arguments = {name: a.astype(jnp.bfloat16) for name, a in make(b=1, l=2000, c=2, window=False).items()}
+
+  def gradient(arguments):
+    return jax.jit(jax.grad(lambda a: jnp.sum(jnp.abs(causal_conv(**a)[0].astype(jnp.float32)))))(arguments)
+
+  exact = gradient({name: a.astype(jnp.float32) for name, a in arguments.items()})
+  got = gradient(arguments)
+  assert {k: g.dtype for k, g in got.items()} == {k: a.dtype for k, a in arguments.items()}
+  assert_close(got, exact, 4e-3)  # one rounding to bf16
 
 
 def test_shapes_that_do_not_fit_are_one_clear_line():
