@@ -51,20 +51,19 @@ AT_LEAST = {  # smallest allowed integer
   'loop.log_every': 1, 'loop.eval_every': 0, 'loop.eval_samples': 1, 'loop.checkpoint_every': 0, 'loop.keep': 1,
   'loop.sample_every': 0, 'loop.sample_tokens': 1,
 }  # fmt: skip
-LARGEST = 2**26  # of any integer in model and train but token counts: what is made of them fits in 32 or 64 bits
+LARGEST = 2**26  # of any integer but token counts: what is made of them fits in 32 or 64 bits
 
-INTERVALS = {  # finite numbers and where they must lie
-  'model.norm_eps': '> 0', 'model.init_std': '> 0', 'model.rope_base': '> 0', 'model.rope_fraction': '(0, 1]',
-  'optimizer.learning_rate': '> 0', 'optimizer.min_learning_rate': '>= 0', 'optimizer.eps': '> 0',
-  'optimizer.beta1': '[0, 1)', 'optimizer.beta2': '[0, 1)', 'optimizer.weight_decay': '>= 0', 'optimizer.clip': '>= 0',
-  'data.validation': '[0, 1)', 'loop.temperature': '>= 0',
+LARGEST_COUNT = 2**53  # of tokens: a float holds every integer up to here
+MOST_LAYERS = 2**12
+MOST_EMULATED = 2**12
+
+INTERVALS = {  # where numbers must lie: whatever somebody may have a use for, but no slip of the keyboard
+  'model.norm_eps': '(0, 1]', 'model.init_std': '(0, 100]', 'model.rope_base': '(0, 1e12]', 'model.rope_fraction': '(0, 1]',
+  'optimizer.learning_rate': '(0, 100]', 'optimizer.min_learning_rate': '[0, 100]', 'optimizer.eps': '(0, 1]',
+  'optimizer.beta1': '[0, 1)', 'optimizer.beta2': '[0, 1)', 'optimizer.weight_decay': '[0, 100]',
+  'optimizer.clip': '[0, 1e6]', 'data.validation': '[0, 1)', 'loop.temperature': '[0, 100]',
 }  # fmt: skip
-_INSIDE = {
-  '> 0': lambda x: x > 0,
-  '>= 0': lambda x: x >= 0,
-  '[0, 1)': lambda x: 0 <= x < 1,
-  '(0, 1]': lambda x: 0 < x <= 1,
-}
+WEIGHT = '[0, 1e12]'
 
 
 def validate(config: 'Config') -> None:
@@ -80,8 +79,8 @@ def validate(config: 'Config') -> None:
   for path, low in _used(AT_LEAST, config):
     if _get(config, path) < low:
       raise ConfigError(f'{path}: {_get(config, path)} is less than {low}')
-    if path.startswith(('model.', 'train.')) and path != 'train.ramp_tokens' and _get(config, path) > LARGEST:
-      raise ConfigError(f'{path}: {_get(config, path)} is more than {LARGEST}')
+    if _get(config, path) > (most := _most(path)):
+      raise ConfigError(f'{path}: {_get(config, path)} is more than {most}')
   for path, interval in _used(INTERVALS, config):
     _check_number(path, _get(config, path), interval)
   for check in (_check_heads, _check_positions, _check_ramp, _check_schedule, _check_sources, _check_rest):
@@ -161,14 +160,24 @@ def _used(table: dict[str, Any], config: 'Config') -> Iterator[tuple[str, Any]]:
   """The rows of a table whose layer kind, if any, occurs in the pattern."""
   for path, value in table.items():
     if USES.get(path.rpartition('.')[0], '') in config.model.layers:
+def _most(path: str) -> int:
+  """The largest allowed value of an integer field."""
+  if path.endswith('_tokens') and path != 'loop.sample_tokens':
+    return LARGEST_COUNT
+  return {'seed': 2**32 - 1, 'emulate': MOST_EMULATED}.get(path, LARGEST)
+
+
       yield path, value
 
 
 def _check_number(path: str, value: float, interval: str) -> None:
   if not math.isfinite(value):
     raise ConfigError(f'{path}: {value} is not a finite number')
-  if not _INSIDE[interval](value):
-    raise ConfigError(f'{path}: {value} is not {"in " if interval[0] in "[(" else ""}{interval}')
+  low, high = map(float, interval[1:-1].split(','))
+  above = low <= value if interval[0] == '[' else low < value
+  below = value <= high if interval[-1] == ']' else value < high
+  if not (above and below):
+    raise ConfigError(f'{path}: {value} is not in {interval}')
 
 
 def _check_divides(name: str, divisor: int, path: str, value: int, why: str = '') -> None:
@@ -195,6 +204,8 @@ def _check_pattern(pattern: str) -> None:
     raise ConfigError(
       f'model.pattern: {pattern!r} has a stage without layers beside |; every | needs layers on both sides'
     )
+  if len(pattern.replace('|', '')) > MOST_LAYERS:
+    raise ConfigError(f'model.pattern: {len(pattern.replace("|", ""))} layers are more than {MOST_LAYERS}')
 
 
 def _check_heads(config: 'Config') -> None:
@@ -289,9 +300,9 @@ def _check_sources(config: 'Config') -> None:
       raise ConfigError(
         f'{path}.path: {source.path!r} is no stream of the standard library; use {" or ".join(STDLIB_STREAMS)}'
       )
-    if not source.name:
-      raise ConfigError(f'{path}.name: empty')
-    _check_number(f'{path}.weight', source.weight, '>= 0')
+    if not source.name or not source.name.isprintable():
+      raise ConfigError(f'{path}.name: {source.name!r} cannot name a source')
+    _check_number(f'{path}.weight', source.weight, WEIGHT)
   names = [s.name for s in sources]
   if twice := [n for i, n in enumerate(names) if n in names[:i]]:
     raise ConfigError(f'data.sources: two sources are called {twice[0]!r}; names must differ')
@@ -302,8 +313,6 @@ def _check_sources(config: 'Config') -> None:
 def _check_rest(config: 'Config') -> None:
   if not config.name or not config.name.isprintable() or '/' in config.name or config.name in ('.', '..'):
     raise ConfigError(f'name: {config.name!r} cannot name a run; use letters, digits, - and _')
-  if config.seed >= 2**32:
-    raise ConfigError(f'seed: {config.seed} does not fit in 32 bits')
   if config.mesh.data < 1 and config.mesh.data != -1:
     raise ConfigError(
       f'mesh.data: {config.mesh.data}; give a number of devices of at least 1, or -1 for what pipe and tensor leave'
