@@ -1,0 +1,196 @@
+"""What the Triton SSD kernels share: the static plan of a call, the blocks a program sees, tiles, decays and dots.
+
+A program sees the arrays of its batch row and head (or group) as blocks, and moves along the tokens by offsets. Pallas
+computes offsets in 64 bits where an array has more than 2^32 bytes, and in 32 bits, signed, where it has not: at two
+bytes per element or more neither overflows. Triton's tiles have power-of-two sides of at least 16, so blocks are
+rounded up and loads and stores masked where a head, a state or the length does not fill them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+LOG2E = 1.4426950408889634  # decays are carried as base-2 logarithms: exp2 is one instruction, exp two
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The static numbers of one call."""
+
+  length: int  # tokens
+  q: int  # tokens per chunk
+  segments: int  # parts of the sequence that are walked in parallel
+  per_segment: int  # chunks in each
+  save_every: int  # chunks between the states that the forward pass keeps for the backward pass
+  deterministic: bool
+  interpret: bool
+
+  @property
+  def chunks(self) -> int:
+    return self.segments * self.per_segment
+
+  @property
+  def padded(self) -> int:
+    """Tokens of dt, cs and document, which are padded; x, B, C and their gradients are masked instead."""
+    return self.chunks * self.q
+
+
+def block(size: int) -> int:
+  """The side of the tile that holds `size` elements: a power of two, and at least the 16 that a dot needs."""
+  return max(16, pl.next_power_of_2(size))
+
+
+def call(kernel, plan: Plan, grid, inputs, outputs, in_specs, out_specs, *, warps: int, stages: int, aliases=None):
+  """`pl.pallas_call` of kernel(inputs, outputs), both dicts, lowered through Triton."""
+  return pl.pallas_call(
+    kernel, grid=grid, in_specs=[in_specs], out_specs=out_specs, out_shape=outputs, interpret=plan.interpret,
+    input_output_aliases=aliases or {},
+    compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
+  )(inputs)  # fmt: skip
+
+
+def tokens(index, width: int, plan: Plan) -> pl.BlockSpec:
+  """One head or group of a [b, l, heads or groups, width] array; index(*program) is (row, head or group)."""
+
+  def where(*program):
+    row, head = index(*program)
+    return row, 0, head, 0
+
+  return pl.BlockSpec((None, plan.padded, None, block(width)), where)
+
+
+def vectors(index, plan: Plan) -> pl.BlockSpec:
+  """One head of a [b, h, padded length] array."""
+  return pl.BlockSpec((None, None, plan.padded), lambda *program: (*index(*program), 0))
+
+
+def states(index, count: int, n: int, p: int) -> pl.BlockSpec:
+  """The `count` states of one head of a [b, count, h, n, p] array."""
+
+  def where(*program):
+    row, head = index(*program)
+    return row, 0, head, 0, 0
+
+  return pl.BlockSpec((None, count, None, block(n), block(p)), where)
+
+
+def _mask(shape, sizes):
+  """True inside `sizes`, which may hold None for a side that is filled; None if both are."""
+  mask = None
+  for axis, size in enumerate(sizes):
+    if size is not None:
+      inside = lax.broadcasted_iota(jnp.int32, shape, axis) < size
+      mask = inside if mask is None else mask & inside
+  return mask
+
+
+def _rows(ref, start, plan, width):
+  mask = _mask(
+    (plan.q, ref.shape[1]),
+    (None if plan.padded == plan.length else plan.length - start, None if ref.shape[1] == width else width),
+  )
+  return ref.at[pl.ds(start, plan.q), :], mask
+
+
+def load_rows(ref, start, plan: Plan, width: int) -> jax.Array:
+  """[q, block(width)] from token `start`; zeros beyond the length and the width."""
+  rows, mask = _rows(ref, start, plan, width)
+  return pltriton.load(rows, mask=mask, other=None if mask is None else 0)
+
+
+def store_rows(ref, value, start, plan: Plan, width: int) -> None:
+  rows, mask = _rows(ref, start, plan, width)
+  pltriton.store(rows, value.astype(ref.dtype), mask=mask)
+
+
+def load_row(ref, width: int) -> jax.Array:
+  """All of a vector of `width` elements, with zeros beyond them."""
+  mask = _mask(ref.shape, (None if ref.shape[0] == width else width,))
+  return pltriton.load(ref, mask=mask, other=None if mask is None else 0)
+
+
+def load_vector(ref, start, plan: Plan) -> jax.Array:
+  return pltriton.load(ref.at[pl.ds(start, plan.q)])
+
+
+def _state(ref, index, n, p):
+  shape = ref.shape[1:]
+  return ref.at[index], _mask(shape, (None if shape[0] == n else n, None if shape[1] == p else p))
+
+
+def load_state(ref, index, n: int, p: int) -> jax.Array:
+  """The state at `index`, [block(n), block(p)], zeros beyond n and p."""
+  state, mask = _state(ref, index, n, p)
+  return pltriton.load(state, mask=mask, other=None if mask is None else 0)
+
+
+def store_state(ref, value, index, n: int, p: int, when=None) -> None:
+  """Stores the state, or nothing where the scalar `when` is False."""
+  state, mask = _state(ref, index, n, p)
+  if when is not None:
+    mask = jnp.broadcast_to(when, value.shape) & (True if mask is None else mask)
+  pltriton.store(state, value.astype(ref.dtype), mask=mask)
+
+
+def dot(a, b, acc, *, trans_a: bool = False, trans_b: bool = False) -> jax.Array:
+  """a b in `acc`: float32 operands at full precision (no TF32), 16-bit ones on the tensor cores."""
+  contract = ((0 if trans_a else 1,), (1 if trans_b else 0,))
+  precision = None if a.dtype.itemsize == 2 else lax.Precision.HIGHEST
+  return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=acc)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay:
+  """The decays of one chunk and head, every exponent at most 0 and masked before exp2.
+
+  cs [q] is the cumulative log2 decay within chunk and document; total its last value. With documents (else None):
+  doc [q], entering (the document of the token before the chunk, 0 before the first) and last (of its last token).
+  """
+
+  cs: jax.Array
+  total: jax.Array
+  doc: jax.Array | None = None
+  entering: jax.Array | None = None
+  last: jax.Array | None = None
+
+  def between(self, later_axis: int) -> jax.Array:
+    """[q, q]: the decay from the earlier to the later token of a pair, 0 where it does not reach or they are swapped.
+    The later tokens are the rows (later_axis 0) or the columns (1)."""
+    q = self.cs.shape[0]
+    earlier_axis = 1 - later_axis
+    later, earlier = (lax.broadcasted_iota(jnp.int32, (q, q), axis) for axis in (later_axis, earlier_axis))
+    mask = later >= earlier
+    if self.doc is not None:
+      mask &= self.doc[:, None] == self.doc[None, :]
+    difference = self.cs[:, None] - self.cs[None, :]
+    return _masked_exp2(difference if later_axis == 0 else -difference, mask)
+
+  def from_state(self) -> jax.Array:
+    """[q]: from the state that enters to each token."""
+    return _masked_exp2(self.cs, None if self.doc is None else self.doc == self.entering)
+
+  def to_end(self) -> jax.Array:
+    """[q]: from each token to the state that leaves."""
+    return _masked_exp2(self.total - self.cs, None if self.doc is None else self.doc == self.last)
+
+  def through(self) -> jax.Array:
+    """Scalar: from the state that enters to the one that leaves."""
+    return _masked_exp2(self.total, None if self.doc is None else self.entering == self.last)
+
+
+def load_decay(cs_ref, doc_ref, start, plan: Plan) -> Decay:
+  """The decays of the chunk at token `start`; doc_ref None means one document."""
+  last = start + plan.q - 1
+  cs, total = load_vector(cs_ref, start, plan), pltriton.load(cs_ref.at[last])
+  if doc_ref is None:
+    return Decay(cs, total)
+  entering = jnp.where(start == 0, 0, pltriton.load(doc_ref.at[jnp.maximum(start - 1, 0)]))
+  return Decay(cs, total, load_vector(doc_ref, start, plan), entering, pltriton.load(doc_ref.at[last]))
+
+
+def _masked_exp2(exponent, mask):
+  return jnp.exp2(exponent if mask is None else jnp.where(mask, exponent, -jnp.inf))
