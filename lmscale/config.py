@@ -146,20 +146,23 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-  """One text source and its share of the blend."""
+  """One source of text or tokens and its share of the blend."""
 
   name: str = 'code'
-  kind: str = 'stdlib'  # stdlib | text | jsonl
-  path: str = 'code'  # stdlib: code or prose; otherwise a file, a folder or a glob
+  kind: str = 'stdlib'  # stdlib | text | jsonl | megatron | tfds
+  path: str = 'code'  # stdlib: code or prose; text, jsonl: a file, a folder or a glob; megatron: the files without .bin or
+  # .idx; tfds: a prepared folder or a name
   weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+  field: str = 'text'  # jsonl, tfds: where the text (or, in tfds, the tokens) is
+  split: str = 'train'  # tfds: as in TFDS, for example train[:90%]
   """The blend of text sources, by weight, and how text becomes tokens."""
 
   sources: tuple[SourceConfig, ...] = (SourceConfig(),)
-  tokenizer: str = 'bytes'
+  tokenizer: str = 'bytes'  # bytes, or the path of a tokenizer.json (Hugging Face) or a .model (SentencePiece)
   cache: str = ''  # folder of the token cache; empty: ~/.cache/lmscale
   validation: float = 0.02  # share of files held out, chosen by the hash of their content
 

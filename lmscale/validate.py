@@ -31,9 +31,10 @@ CHOICES = {
   'train.grad_dtype': ('float32', 'bfloat16', 'float64'),
   'train.remat': ('none', 'selective', 'full'),
   'train.stack': ('runs', 'unrolled'),
-  'data.tokenizer': ('bytes',),
 }
-SOURCE_KINDS = ('stdlib', 'text', 'jsonl')
+SOURCE_KINDS = ('stdlib', 'text', 'jsonl', 'megatron', 'tfds')
+FIELD_KINDS = ('jsonl', 'tfds')  # in which a text is one of several fields
+TOKENIZER_FILES = ('.json', '.model')
 STDLIB_STREAMS = ('code', 'prose')
 
 AT_LEAST = {  # smallest allowed integer
@@ -289,7 +290,10 @@ def _check_schedule(config: 'Config') -> None:
 
 
 def _check_sources(config: 'Config') -> None:
-  sources = config.data.sources
+  sources, tokenizer = config.data.sources, config.data.tokenizer
+  if tokenizer != 'bytes' and not tokenizer.endswith(TOKENIZER_FILES):
+    raise ConfigError(f'data.tokenizer: {tokenizer!r} is not bytes nor the path of a tokenizer.json (Hugging Face) or a '
+                      '.model (SentencePiece)')
   if not sources:
     raise ConfigError('data.sources: empty; give at least one source')
   for i, source in enumerate(sources):
@@ -305,6 +309,10 @@ def _check_sources(config: 'Config') -> None:
     _check_number(f'{path}.weight', source.weight, WEIGHT)
   names = [s.name for s in sources]
   if twice := [n for i, n in enumerate(names) if n in names[:i]]:
+    if not source.field or source.field != 'text' and source.kind not in FIELD_KINDS:
+      raise ConfigError(f'{path}.field: {source.field!r}; only {" and ".join(FIELD_KINDS)} have fields, the others text')
+    if source.split != 'train' and source.kind != 'tfds':
+      raise ConfigError(f'{path}.split: {source.split!r}; only tfds has splits, leave it at train')
     raise ConfigError(f'data.sources: two sources are called {twice[0]!r}; names must differ')
   if not sum(s.weight for s in sources) > 0:
     raise ConfigError('data.sources: the weights sum to 0; give at least one source a weight')

@@ -1,32 +1,43 @@
-"""The token cache: every source is tokenised once into flat arrays on disk.
+"""The token cache: every source of text is tokenised once into flat arrays on disk.
 
 A folder `<cache>/tokens/<key>` holds `tokens.bin` (all documents one after the other, each closed by the
-end-of-document id), `offsets.npy` (where each document starts), `split_keys.npy` (which side of the split it is on)
-and `meta.json`.
+end-of-document id), `offsets.npy` (where each document starts), `split_keys.npy` (which side of the split it is on),
+`text_bytes.npy` (its length as text) and `meta.json`.
 The key names content, tokenizer and format, so nothing in a folder ever goes out of date.
 """
 
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import logging
 import pathlib
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
-from lmscale import config as config_lib
 from lmscale.data import document, storage
-from lmscale.data.stdlib import StdlibSource
-from lmscale.data.text import JsonlSource, TextSource
-from lmscale.data.tokenizer import ByteTokenizer
+from lmscale.data.tokenizer import Tokenizer
+from lmscale.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 1  # raise when the same text and tokenizer would give other tokens or documents
+LAYOUT = 2  # raise when other files are written for them
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 22, 1024  # text tokenised in one call
+PROBED = 64  # documents, up to 4 KiB of each, on which it is tried whether the tokenizer loses text
 
 log = logging.getLogger(__name__)
 
-Source = TextSource | JsonlSource | StdlibSource
+
+class Source(Protocol):
+  """Documents, in an order of their own."""
+
+  def digest(self) -> str:
+    """Names the content: equal only where the documents are equal."""
+
+  def documents(self, skipped: list[str]) -> Iterable[document.Document]:
+    """The documents. `skipped` receives a 'file:line: reason' for each one left out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +45,12 @@ class TokenStore:
   """The tokens of one source, memory-mapped read-only; document i is tokens[offsets[i]:offsets[i + 1]]."""
 
   identity: str  # hash of content, tokenizer and format
-  tokens: np.ndarray  # uint16 or int32 [all]
+  tokens: np.ndarray  # uint16 or int32 [all]; of other people's Megatron files any integer
   offsets: np.ndarray  # int64 [documents + 1]
   split_keys: np.ndarray  # uint64 [documents]
-  skipped: tuple[str, ...]  # 'file:line: reason' of lines left out
+  skipped: tuple[str, ...] = ()  # 'file:line: reason' of lines left out
+  text_bytes: np.ndarray | None = None  # int64 [documents]: bytes of the texts; None where no text is known
+  content: str = ''  # names the content alone
 
   def documents(self, split: str, fraction: float) -> np.ndarray:
     """int64 indices of the documents on one side ('train' or 'validation') of the split."""
@@ -45,44 +58,87 @@ class TokenStore:
     return np.flatnonzero(chosen if split == 'validation' else ~chosen)
 
 
-def open_source(source: config_lib.SourceConfig, cache: pathlib.Path) -> Source:
-  """The documents that one entry of data.sources names. Raises ConfigError for an unknown kind or a bad path."""
-  if source.kind == 'stdlib':
-    return StdlibSource(source.path, cache)
-  if source.kind == 'text':
-    return TextSource(source.path)
-  if source.kind == 'jsonl':
-    return JsonlSource(source.path)
-  raise config_lib.ConfigError(f'data source kind {source.kind!r}: unknown; known: stdlib, text, jsonl')
-
-
-def tokenise(source: Source, tokenizer: ByteTokenizer, cache: pathlib.Path) -> TokenStore:
-  """The token store of `source` below `cache`, written if it is missing or damaged. ConfigError: no text at all."""
-  described = f'{type(source).__name__} {source.digest()} {tokenizer.identity} {FORMAT}'
+def tokenise(source: Source, tokenizer: Tokenizer, cache: pathlib.Path) -> TokenStore:
+  """The token store of `source` below `cache`, written if it is missing or damaged. ConfigError: unusable text."""
+  content = source.digest()
+  described = f'{type(source).__name__} {content} {tokenizer.identity} {FORMAT}'
   key = hashlib.sha256(described.encode()).hexdigest()[:32]
-  return storage.ensure(cache / 'tokens' / key, lambda folder: _write(folder, source, tokenizer, key), _open)
+  store = storage.ensure(cache / 'tokens' / f'{key}-{LAYOUT}', lambda folder: _write(folder, source, tokenizer, key), _open)
+  return dataclasses.replace(store, content=content)
 
 
-def _write(folder: pathlib.Path, source: Source, tokenizer: ByteTokenizer, key: str) -> None:
-  dtype = np.dtype('<u2' if tokenizer.size <= 1 << 16 else '<i4')
-  end = np.array([tokenizer.end], dtype).tobytes()
-  lengths, split_keys, skipped = [0], [], []
+def token_dtype(size: int) -> np.dtype:
+  """The smallest of uint16 and int32 that holds the ids below `size`."""
+  return np.dtype('<u2' if size <= 1 << 16 else '<i4')
+
+
+def tokenised(documents: Iterable[document.Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int, int]]:
+  """(ids closed by the end id, split key, bytes of text or -1) of each document, a batch at a time."""
+  dtype = token_dtype(tokenizer.size)
+  end = np.array([tokenizer.end], dtype)
+  probed = 0
+  for batch in _batches(documents):
+    texts = [d.text for d in batch if d.ids is None]
+    if texts and probed < PROBED:
+      probed += _probe(texts[:PROBED - probed], tokenizer)
+    encoded = iter(tokenizer.encode_batch(texts))
+    for found in batch:
+      ids = next(encoded) if found.ids is None else _checked(found.ids, tokenizer)
+      if found.ids is None or ids[-1] != tokenizer.end:
+        ids = np.concatenate([ids.astype(dtype, copy=False), end])
+      yield ids, found.split_key, len(found.text) if found.ids is None else -1
+
+
+def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+  if ids.min() < 0 or ids.max() >= tokenizer.size:
+    raise ConfigError(f'ids from {ids.min()} to {ids.max()}, but data.tokenizer has the ids 0 to {tokenizer.size - 1}: '
+                      'name the tokenizer that the tokens were made with')
+  return ids.astype(token_dtype(tokenizer.size))
+
+
+def _batches(documents: Iterable[document.Document]) -> Iterator[list[document.Document]]:
+  batch, size = [], 0
+  for found in documents:
+    batch.append(found)
+    size += len(found.text)
+    if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def _probe(texts: list[bytes], tokenizer: Tokenizer) -> int:
+  """Says it once where the tokenizer does not give a text back; returns how many texts were tried."""
+  pieces = [text[:4096].decode('utf-8', 'ignore').encode() for text in texts]
+  for text, ids in zip(pieces, tokenizer.encode_batch(pieces), strict=True):
+    if (back := tokenizer.decode(ids)) != (text := text.decode()):
+      at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+      log.warning('the tokenizer does not keep every text: %r came back as %r; bits per byte count the original bytes',
+                  text[at:at + 20], back[at:at + 20])
+      return PROBED
+  return len(texts)
+
+
+def _write(folder: pathlib.Path, source: Source, tokenizer: Tokenizer, key: str) -> None:
+  lengths, split_keys, text_bytes, skipped = [0], [], [], []
   with (folder / 'tokens.bin').open('wb') as file:
-    for text, split_key in source.documents(skipped):
-      ids = tokenizer.encode(text).astype(dtype, copy=False)
+    for ids, split_key, size in tokenised(source.documents(skipped), tokenizer):
       file.write(ids.tobytes())
-      file.write(end)
-      lengths.append(len(ids) + 1)
+      lengths.append(len(ids))
       split_keys.append(split_key)
+      text_bytes.append(size)
   if skipped:
-    log.warning('%d lines give no text and are skipped: %s', len(skipped), '; '.join(skipped))
-  arrays = {'offsets': np.cumsum(lengths, dtype=np.int64), 'split_keys': np.array(split_keys, np.uint64)}
+    shown = '; '.join(itertools.islice(skipped, 10))
+    log.warning('%d lines give no text and are skipped: %s', len(skipped), shown + (', …' if len(skipped) > 10 else ''))
+  arrays = {'offsets': np.cumsum(lengths, dtype=np.int64), 'split_keys': np.array(split_keys, np.uint64),
+            'text_bytes': np.array(text_bytes, np.int64)}
   digests = {}
   for name, array in arrays.items():
     np.save(folder / f'{name}.npy', array, allow_pickle=False)
     digests[name] = hashlib.sha256((folder / f'{name}.npy').read_bytes()).hexdigest()
-  meta = {'format': FORMAT, 'key': key, 'tokenizer': tokenizer.identity, 'dtype': dtype.str, 'tokens': sum(lengths),
-          'documents': len(split_keys), 'sha256': digests, 'skipped': skipped}
+  meta = {'format': FORMAT, 'key': key, 'tokenizer': tokenizer.identity, 'dtype': token_dtype(tokenizer.size).str,
+          'tokens': sum(lengths), 'documents': len(split_keys), 'sha256': digests, 'skipped': skipped}
   (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
 
 
@@ -91,7 +147,7 @@ def _open(folder: pathlib.Path) -> TokenStore:
   meta: dict[str, Any] = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
   dtype = np.dtype(meta['dtype'])
   arrays = {}
-  for name in ('offsets', 'split_keys'):
+  for name in ('offsets', 'split_keys', 'text_bytes'):
     raw = (folder / f'{name}.npy').read_bytes()
     if hashlib.sha256(raw).hexdigest() != meta['sha256'][name]:
       raise ValueError(f'{folder}: {name}.npy changed')
@@ -101,4 +157,5 @@ def _open(folder: pathlib.Path) -> TokenStore:
     raise ValueError(f'{folder}: tokens.bin has {path.stat().st_size} bytes, not {meta["tokens"]} * {dtype.itemsize}')
   empty = meta['tokens'] == 0  # which cannot be mapped
   tokens = np.zeros(0, dtype) if empty else np.memmap(path, dtype, 'r')
-  return TokenStore(meta['key'], tokens, arrays['offsets'], arrays['split_keys'], tuple(meta['skipped']))
+  sizes = arrays['text_bytes'] if (arrays['text_bytes'] >= 0).all() else None
+  return TokenStore(meta['key'], tokens, arrays['offsets'], arrays['split_keys'], tuple(meta['skipped']), sizes)

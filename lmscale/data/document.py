@@ -7,10 +7,12 @@ import numpy as np
 
 
 class Document(NamedTuple):
-  """One text. `split_key` (uint64) decides train or validation; it is the hash of the file that the text is from."""
+  """One text, or its ids where it comes tokenised. `split_key` (uint64) decides train or validation: it is the hash of
+  the file that the text is from."""
 
   text: bytes
   split_key: int
+  ids: np.ndarray | None = None  # integers [n > 0]; text is then empty
 
 
 def split_key(text: bytes) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from lmscale import config as config_lib
 from lmscale.data import cache as cache_lib
 from lmscale.data import entropy, storage
+from lmscale.data import source as source_lib
 from lmscale.data import tokenizer as tokenizer_lib
 from lmscale.data.blend import Blend
 from lmscale.data.sampler import Sampler
@@ -23,9 +24,10 @@ SPLITS = ('train', 'validation')
 KEYS = ('tokens', 'labels', 'segment_ids', 'positions')
 
 
-def _open(index: int, source: config_lib.SourceConfig, root: pathlib.Path) -> Any:
+def _open(index: int, source: config_lib.SourceConfig, tokenizer: tokenizer_lib.Tokenizer,
+          root: pathlib.Path) -> cache_lib.TokenStore:
   try:
-    return cache_lib.open_source(source, root)
+    return source_lib.open_store(source, tokenizer, root)
   except config_lib.ConfigError as error:
     raise config_lib.ConfigError(f'data.sources.{index} {source.name!r}: {error}') from error
 
@@ -52,8 +54,7 @@ class Loader:
     seed = config.seed if split == 'train' else 0
     self.blend = Blend([source.weight for source in self.sources], seed, split)
     root = storage.cache_root(data.cache)
-    opened = [_open(data.sources.index(source), source, root) for source in self.sources]
-    self.stores = [cache_lib.tokenise(source, self.tokenizer, root) for source in opened]
+    self.stores = [_open(data.sources.index(source), source, self.tokenizer, root) for source in self.sources]
     self.samplers = [
       Sampler(source.name, store, split, data.validation, self.seq_len, seed)
       for source, store in zip(self.sources, self.stores, strict=True)

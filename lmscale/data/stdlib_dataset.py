@@ -1,13 +1,10 @@
 """The standard-library corpus as a TFDS data set in array_record files, written and read without TensorFlow.
 
-The data set lives in a folder named after the Python version and the sources' content. TFDS can drop examples without
-an error in some file formats, so the records of each split are counted whenever it is opened.
+The data set lives in a folder named after the Python version and the sources' content. Its records are counted whenever
+it is opened (`tfds_source.py`).
 """
 
-import contextlib
 import dataclasses
-import io
-import logging
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +12,8 @@ from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 
-from lmscale.data import stdlib, storage
+from lmscale.data import stdlib, storage, tfds_source
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -60,7 +56,7 @@ def prepare(cache: pathlib.Path, root: pathlib.Path, files: Sequence[pathlib.Pat
   name = stdlib.version(root, files)
 
   def build(folder: pathlib.Path) -> None:
-    with _quiet():
+    with tfds_source.quiet():
       config = StdlibConfig(name=name, root=root, files=files)
       PythonStdlib(data_dir=folder, config=config, file_format='array_record').download_and_prepare()
       shutil.rmtree(folder / 'downloads', ignore_errors=True)  # made empty by TFDS
@@ -69,35 +65,6 @@ def prepare(cache: pathlib.Path, root: pathlib.Path, files: Sequence[pathlib.Pat
 
 
 def open_streams(folder: pathlib.Path) -> dict[str, Sequence[dict]]:
-  """The prepared streams in `folder`.
-
-  Raises RuntimeError unless TFDS' record of the split, the source's length and the records in the files are the same
-  number (for array_record the first two come from one place, so they alone would prove nothing).
-  """
-  found = sorted(folder.rglob('dataset_info.json'))
-  if len(found) != 1:
-    raise RuntimeError(f'{folder} holds no prepared data set')
-  with _quiet():
-    builder = tfds.builder_from_directory(found[0].parent)
-    sources = {stream: builder.as_data_source(stream) for stream in stdlib.STREAMS}
-  for stream, source in sources.items():
-    written = builder.info.splits[stream].num_examples
-    files = found[0].parent.glob(f'*-{stream}.array_record-*')
-    stored = sum(array_record_module.ArrayRecordReader(str(path)).num_records() for path in files)
-    if not len(source) == stored == written:
-      raise RuntimeError(f'{folder}: {stream} has {len(source)} examples in {stored} records, {written} were written')
-  return sources
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """No progress bars, prints or log lines from TFDS inside."""
-  tfds.disable_progress_bar()
-  logger = logging.getLogger('absl')
-  level = logger.level
-  logger.setLevel(logging.ERROR)
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    logger.setLevel(level)
+  """The prepared streams in `folder`. Raises ConfigError unless all records that were written are there."""
+  found = tfds_source.find_folder(str(folder))
+  return {stream: tfds_source.open_split(found, stream)[0] for stream in stdlib.STREAMS}

@@ -1,110 +1,110 @@
 """Plain text files and JSONL as documents.
 
 Policy for bad input: invalid UTF-8 is replaced by U+FFFD, a byte order mark is dropped, line ends and NUL are kept,
-an empty text is no document. A JSONL line that gives no text is skipped and noted, up to `MAX_SKIPPED` per file.
+an empty text is no document. A JSONL line that gives no text is skipped and noted, up to `MAX_SKIPPED` per file. An
+archive that breaks off is an error after its last whole line: no text is lost in silence.
 """
 
-import glob
 import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
 
-from lmscale import config as config_lib
-from lmscale.data import document
+from lmscale.data import document, files
 from lmscale.data import tokenizer as tokenizer_lib
+from lmscale.errors import ConfigError
 
 MAX_SKIPPED = 100  # lines of one file
-MAX_LINE = 1 << 28  # bytes of one JSONL line held in memory
-BOM = b'\xef\xbb\xbf'
-BLOCK = 1 << 20
+MAX_TEXT = 1 << 24  # bytes of a text file that are one document; a longer file is cut after line ends
 
 
 class TextSource:
-  """Plain text: one document per file."""
+  """Plain text: one document per file, or one per `MAX_TEXT` bytes of a longer file."""
 
   suffix = '.txt'
 
-  def __init__(self, path: str):
-    """`path` is a file, a folder (every `suffix` file below it) or a glob. Raises ConfigError if that is no file."""
-    self.files = find_files(path, self.suffix)
+  def __init__(self, path: str, cache: pathlib.Path | None = None):
+    """`path` is a file, a folder (every `suffix` file below it) or a glob; large files' digests are kept in `cache`.
+
+    Raises:
+      ConfigError: that is no file.
+    """
+    self.files = files.find_files(path, self.suffix)
+    self.cache = cache
 
   def digest(self) -> str:
     """SHA-256 over the files' bytes in order; their names and places do not count."""
     total = hashlib.sha256(self.suffix.encode())
     for path in self.files:
-      total.update(_file_digest(path))
+      total.update(files.digest(path, self.cache))
     return total.hexdigest()
 
   def documents(self, skipped: list[str]) -> Iterator[document.Document]:
     """The documents in order of path. `skipped` receives a 'file:line: reason' for each one left out."""
     for path in self.files:
-      text = _clean(_read(path))
-      if text:
-        yield document.Document(text, document.split_key(text))
+      for raw in _pieces(path):
+        if text := _valid(raw):
+          yield document.Document(text, document.split_key(text))
 
 
 class JsonlSource(TextSource):
-  """JSON lines: one document per line, in the field `text`."""
+  """JSON lines: one document per line, in the field `field`."""
 
   suffix = '.jsonl'
+
+  def __init__(self, path: str, cache: pathlib.Path | None = None, field: str = 'text'):
+    super().__init__(path, cache)
+    self.field = field
+
+  def digest(self) -> str:
+    """As for text files; another field is another content."""
+    found = super().digest()
+    return found if self.field == 'text' else f'{found} {self.field!r}'
 
   def documents(self, skipped: list[str]) -> Iterator[document.Document]:
     for path in self.files:
       bad = 0
-      for number, line in _lines(path):
-        text, reason = _parse(line)
+      for number, line in files.lines(path):
+        text, reason = _parse(line, self.field)
         if reason:
           bad += 1
           skipped.append(f'{path}:{number}: {reason}')
           if bad > MAX_SKIPPED:
-            raise config_lib.ConfigError(f'{path}:{number}: {reason}; more than {MAX_SKIPPED} lines of this file '
-                                         'give no text: is it JSON lines with a string field "text"?')
+            raise ConfigError(f'{path}:{number}: {reason}; more than {MAX_SKIPPED} lines of this file '
+                              f'give no text: is it JSON lines with a string field {json.dumps(self.field)}?')
         if text:
           yield document.Document(text, document.split_key(text))
 
 
-def find_files(path: str, suffix: str) -> list[pathlib.Path]:
-  """Sorted files that `path` names: a file, a folder (every `suffix` file below) or a glob. ConfigError if none."""
-  root = pathlib.Path(path).expanduser()
-  if not path:
-    raise config_lib.ConfigError('path: empty; give a file, a folder or a glob')
-  if root.is_file():
-    return [root]
-  if root.is_dir():
-    files = [p for p in root.rglob('*') if p.suffix == suffix and p.is_file()]
-    problem = f'the folder has no *{suffix} file'
-  elif glob.has_magic(path):
-    files = [p for p in map(pathlib.Path, glob.glob(str(root), recursive=True)) if p.is_file()]
-    problem = 'the glob matches no file'
-  else:
-    files, problem = [], 'no such file or folder' if not root.exists() else 'neither a file nor a folder'
-  if not files:
-    raise config_lib.ConfigError(f'path {path!r}: {problem}')
-  return sorted(files)
+def _pieces(path: pathlib.Path) -> Iterator[bytes]:
+  """The file without its byte order mark, in pieces of at most `MAX_TEXT` bytes that end with a line if one does."""
+  held, done = b'', 0
 
+  def taken(size: int) -> bytes:
+    nonlocal held, done
+    piece, held = held[:size], held[size:]
+    done += size
+    return piece.removeprefix(files.BOM) if done == size else piece
 
-def _file_digest(path: pathlib.Path) -> bytes:
   try:
-    with path.open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').digest()
-  except OSError as error:
-    raise _unreadable(path, error) from error
+    for block in files.blocks(path):
+      held += block
+      while len(held) > MAX_TEXT:
+        yield taken(_cut(held))
+  except files.Damaged as error:
+    raise ConfigError(f'data file {path}: {error}, after {done + len(held):,} bytes of text') from error
+  if held:
+    yield taken(len(held))
 
 
-def _read(path: pathlib.Path) -> bytes:
-  try:
-    return path.read_bytes()
-  except OSError as error:
-    raise _unreadable(path, error) from error
+def _cut(text: bytes) -> int:
+  """Where to end a piece: after the last line of the first MAX_TEXT bytes, else before a character."""
+  if at := text.rfind(b'\n', 0, MAX_TEXT) + 1:
+    return at
+  return next((at for at in range(MAX_TEXT, max(MAX_TEXT - 4, 0), -1) if text[at] & 0xc0 != 0x80), MAX_TEXT)
 
 
-def _unreadable(path: pathlib.Path, error: OSError) -> config_lib.ConfigError:
-  return config_lib.ConfigError(f'data file {path}: cannot be read: {error.strerror}')
-
-
-def _clean(raw: bytes) -> bytes:
-  raw = raw.removeprefix(BOM)
+def _valid(raw: bytes) -> bytes:
   try:
     raw.decode()
     return raw
@@ -112,40 +112,29 @@ def _clean(raw: bytes) -> bytes:
     return raw.decode('utf-8', 'replace').encode()
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes | None]]:
-  """(line number from 1, line) of the lines that are not blank; None for a line longer than `MAX_LINE`."""
-  try:
-    with path.open('rb') as file:
-      number = 0
-      while line := file.readline(MAX_LINE):
-        number += 1
-        whole = len(line) < MAX_LINE or line.endswith(b'\n')
-        rest = line
-        while not whole and rest and not rest.endswith(b'\n'):
-          rest = file.readline(BLOCK)
-        if number == 1:
-          line = line.removeprefix(BOM)
-        if not whole:
-          yield number, None
-        elif line.strip():
-          yield number, line
-  except OSError as error:
-    raise _unreadable(path, error) from error
-
-
-def _parse(line: bytes | None) -> tuple[bytes, str]:
+def _parse(line: bytes | None, field: str) -> tuple[bytes, str]:
   """(UTF-8 text, '') or (b'', why the line gives no text)."""
   if line is None:
-    return b'', f'longer than {MAX_LINE} bytes'
+    return b'', f'longer than {files.MAX_LINE} bytes'
+  name = json.dumps(field)
   try:
-    record = json.loads(line.decode('utf-8', 'replace'))
+    text = line.decode('utf-8', 'replace')
+    record = json.loads(text)
+    twice = text.count(name) > 1 and isinstance(record, dict) and _count(text, field) > 1
   except (ValueError, RecursionError) as error:
     reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
     return b'', f'broken JSON ({reason})'
   if not isinstance(record, dict):
     return b'', 'not a JSON object'
-  if 'text' not in record:
-    return b'', 'no field "text"'
-  if not isinstance(record['text'], str):
-    return b'', 'field "text" is not a string'
-  return tokenizer_lib.to_utf8(record['text']), ''
+  if field not in record:
+    return b'', f'no field {name}'
+  if twice:
+    return b'', f'field {name} twice'
+  if not isinstance(record[field], str):
+    return b'', f'field {name} is not a string'
+  return tokenizer_lib.to_utf8(record[field]), ''
+
+
+def _count(text: str, field: str) -> int:
+  """How often the outermost object has the key; json keeps only the last."""
+  return sum(key == field for key, _ in json.loads(text, object_pairs_hook=list))

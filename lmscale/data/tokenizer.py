@@ -1,10 +1,30 @@
-"""Tokenizers: text to ids and back."""
+"""Tokenizers: text to ids and back.
 
-from collections.abc import Iterable
+`bytes` needs no file; `pretrained.py` reads Hugging Face's tokenizer.json and SentencePiece's .model. All have the same
+interface, and an `identity` that names everything the ids of a text depend on.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from lmscale import config as config_lib
+
+class Tokenizer(Protocol):
+  """What the data pipeline, sampling and evaluation need of a tokenizer."""
+
+  identity: str  # part of every cache key and checkpoint: equal only where the ids of every text are equal
+  size: int  # ids are 0 .. size - 1
+  end: int  # the id that closes a document
+
+  def encode(self, text: bytes | str) -> np.ndarray:
+    """Ids [n] of a text, without `end`. A lone surrogate becomes U+FFFD."""
+
+  def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    """`encode` of each text, faster."""
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of `ids`. Ids that stand for no text (`end`, rows of the embedding beyond `size`) are dropped."""
 
 
 class ByteTokenizer:
@@ -20,6 +40,10 @@ class ByteTokenizer:
       text = to_utf8(text)
     return np.frombuffer(text, np.uint8).astype(np.uint16)
 
+  def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    """`encode` of each text."""
+    return [self.encode(text) for text in texts]
+
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`. Ids that are no byte (end of document, padding rows) are dropped, bad UTF-8 replaced."""
     ids = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids, np.int64)
@@ -34,11 +58,9 @@ def to_utf8(text: str) -> bytes:
     return ''.join('\ufffd' if '\ud800' <= c <= '\udfff' else c for c in text).encode()
 
 
-TOKENIZERS = {'bytes': ByteTokenizer}
-
-
-def get_tokenizer(name: str) -> ByteTokenizer:
-  """The tokenizer that `data.tokenizer` names. Raises ConfigError for an unknown name."""
-  if name not in TOKENIZERS:
-    raise config_lib.ConfigError(f'data.tokenizer: unknown tokenizer {name!r}; known: {", ".join(TOKENIZERS)}')
-  return TOKENIZERS[name]()
+def get_tokenizer(name: str) -> Tokenizer:
+  """The tokenizer that `data.tokenizer` names: `bytes`, a tokenizer.json or a .model. Raises ConfigError for others."""
+  if name == 'bytes':
+    return ByteTokenizer()
+  from lmscale.data import pretrained
+  return pretrained.open_tokenizer(name)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data import cache, document
+from lmscale.data import cache, document, source
 from lmscale.data.text import JsonlSource, TextSource
 from lmscale.data.tokenizer import ByteTokenizer
 
@@ -99,10 +99,10 @@ def test_no_text_at_all_opens_as_empty(tmp_path):
 
 def test_meta_says_what_is_stored(tmp_path):
   store = open_store(write_files(tmp_path / 'text'), tmp_path)
-  meta = json.loads((tmp_path / 'tokens' / store.identity / 'meta.json').read_text())
+  meta = json.loads((tmp_path / 'tokens' / f'{store.identity}-{cache.LAYOUT}' / 'meta.json').read_text())
   assert meta['tokens'] == len(store.tokens) and meta['documents'] == 20 and meta['tokenizer'] == 'bytes-v1'
 
 
 def test_unknown_kind_is_a_config_error(tmp_path):
-  with pytest.raises(config_lib.ConfigError, match="'parquet'.*stdlib, text, jsonl"):
-    cache.open_source(config_lib.SourceConfig(kind='parquet'), tmp_path)
+  with pytest.raises(config_lib.ConfigError, match="'parquet'.*stdlib, text, jsonl, megatron, tfds"):
+    source.open_source(config_lib.SourceConfig(kind='parquet'), tmp_path)

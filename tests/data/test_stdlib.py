@@ -29,9 +29,9 @@ def test_the_real_library_end_to_end_without_tensorflow(tmp_path, capfd, caplog)
   assert importlib.util.find_spec('tensorflow') is None and 'tensorflow' not in sys.modules
   assert capfd.readouterr() == ('', '') and not caplog.records
   assert (ROOT / 'json/decoder.py').read_bytes() in [document.text for document in found['code']]
-  assert not any(b'topics = {' in text for text, _ in found['code'])
-  assert any(text.startswith(b'JSON (JavaScript Object Notation)') for text, _ in found['prose'])
-  assert any(b'The "assert" statement' in text for text, _ in found['prose'])
+  assert not any(b'topics = {' in text for text, *_ in found['code'])
+  assert any(text.startswith(b'JSON (JavaScript Object Notation)') for text, *_ in found['prose'])
+  assert any(b'The "assert" statement' in text for text, *_ in found['prose'])
   streams = stdlib_dataset.prepare(tmp_path, ROOT, files)
   assert 'json/decoder.py' in [example['name'].decode() for example in streams['code']]
   assert streams['prose'][len(streams['prose']) - 1]['name'].startswith(b'topic ')
@@ -86,7 +86,7 @@ def test_a_length_that_is_not_the_splits_is_noticed(tmp_path):
   stdlib_dataset.open_streams(folder)
   info = next(folder.rglob('dataset_info.json'))
   info.write_text(info.read_text().replace('"2"', '"3"'))
-  with pytest.raises(RuntimeError, match='has 3 examples in 2 records, 3 were written'):
+  with pytest.raises(config_lib.ConfigError, match='hold 2 records, but 3 were written'):
     stdlib_dataset.open_streams(folder)
   assert len(stdlib_dataset.prepare(tmp_path / 'cache', tmp_path / 'lib', files)['code']) == 2  # built again
   stdlib_dataset.open_streams(folder)

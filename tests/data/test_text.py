@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data import text
+from lmscale.data import files, text
 
 
 def texts(source):
@@ -57,7 +57,8 @@ LINES = [
   (b'[' * 100000, 'broken JSON'),
   (b'{"text": "\xff\\u0000\\ud800"}', None),
   (b'{"text": ""}', None),
-  (b'{"text": "first", "text": "last"}', None),
+  (b'{"text": "first", "text": "last"}', 'field "text" twice'),
+  (b'{"text": "inner", "x": {"text": 1, "text": 2}}', None),
 ]
 
 
@@ -65,7 +66,7 @@ def test_jsonl_skips_and_names_broken_lines(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_bytes(b'\xef\xbb\xbf' + b'\r\n'.join(line for line, _ in LINES))
   found, skipped = texts(text.JsonlSource(str(path)))
-  assert found == [b'one', '\ufffd\x00\ufffd'.encode(), b'last']
+  assert found == [b'one', '\ufffd\x00\ufffd'.encode(), b'inner']
   expected = [(number, reason) for number, (_, reason) in enumerate(LINES, 1) if reason]
   assert len(skipped) == len(expected)
   for line, (number, reason) in zip(skipped, expected, strict=True):
@@ -86,8 +87,8 @@ def test_jsonl_stops_after_the_limit_of_one_file(tmp_path):
 
 
 def test_jsonl_does_not_hold_a_huge_line(tmp_path, monkeypatch):
-  monkeypatch.setattr(text, 'MAX_LINE', 64)
-  monkeypatch.setattr(text, 'BLOCK', 7)
+  monkeypatch.setattr(files, 'MAX_LINE', 64)
+  monkeypatch.setattr(files, 'BLOCK', 7)
   path = tmp_path / 'a.jsonl'
   path.write_text('\n'.join(json.dumps({'text': word}) for word in ('one', 'x' * 500, 'two')))
   found, skipped = texts(text.JsonlSource(str(path)))

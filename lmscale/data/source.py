@@ -1,0 +1,33 @@
+"""What one entry of `data.sources` names: text to be tokenised, or tokens as they are."""
+
+import pathlib
+
+from lmscale import config as config_lib
+from lmscale.data import cache as cache_lib
+from lmscale.data.stdlib import StdlibSource
+from lmscale.data.text import JsonlSource, TextSource
+from lmscale.data.tokenizer import Tokenizer
+from lmscale.errors import ConfigError
+from lmscale.validate import SOURCE_KINDS
+
+
+def open_store(source: config_lib.SourceConfig, tokenizer: Tokenizer, cache: pathlib.Path) -> cache_lib.TokenStore:
+  """The tokens of a source; text is tokenised below `cache` first. Raises ConfigError for what cannot be used."""
+  if source.kind == 'megatron':
+    from lmscale.data import megatron_store
+    return megatron_store.open_store(source.path, tokenizer, cache)
+  return cache_lib.tokenise(open_source(source, cache), tokenizer, cache)
+
+
+def open_source(source: config_lib.SourceConfig, cache: pathlib.Path) -> cache_lib.Source:
+  """The documents of a source that is not in Megatron's format. Raises ConfigError: unknown kind, or a bad path."""
+  if source.kind == 'stdlib':
+    return StdlibSource(source.path, cache)
+  if source.kind == 'text':
+    return TextSource(source.path, cache)
+  if source.kind == 'jsonl':
+    return JsonlSource(source.path, cache, source.field)
+  if source.kind == 'tfds':
+    from lmscale.data.tfds_source import TfdsSource  # imported where used: TFDS takes a second
+    return TfdsSource(source.path, source.split, source.field, cache)
+  raise ConfigError(f'data source kind {source.kind!r}: unknown; known: {", ".join(SOURCE_KINDS)}')
