@@ -157,10 +157,6 @@ def _get(config: Any, path: str) -> Any:
   return operator.attrgetter(path)(config)
 
 
-def _used(table: dict[str, Any], config: 'Config') -> Iterator[tuple[str, Any]]:
-  """The rows of a table whose layer kind, if any, occurs in the pattern."""
-  for path, value in table.items():
-    if USES.get(path.rpartition('.')[0], '') in config.model.layers:
 def _most(path: str) -> int:
   """The largest allowed value of an integer field."""
   if path.endswith('_tokens') and path != 'loop.sample_tokens':
@@ -168,6 +164,10 @@ def _most(path: str) -> int:
   return {'seed': 2**32 - 1, 'emulate': MOST_EMULATED}.get(path, LARGEST)
 
 
+def _used(table: dict[str, Any], config: 'Config') -> Iterator[tuple[str, Any]]:
+  """The rows of a table whose layer kind, if any, occurs in the pattern."""
+  for path, value in table.items():
+    if USES.get(path.rpartition('.')[0], '') in config.model.layers:
       yield path, value
 
 
@@ -201,12 +201,12 @@ def _check_pattern(pattern: str) -> None:
       raise ConfigError(f'model.pattern: {symbol!r} at position {position} is no layer; use {known} or | (a cut)')
   if not pattern.replace('|', ''):
     raise ConfigError('model.pattern: no layers; write one symbol per layer, for example M-M*-')
+  if len(pattern.replace('|', '')) > MOST_LAYERS:
+    raise ConfigError(f'model.pattern: {len(pattern.replace("|", ""))} layers are more than {MOST_LAYERS}')
   if '' in pattern.split('|'):
     raise ConfigError(
       f'model.pattern: {pattern!r} has a stage without layers beside |; every | needs layers on both sides'
     )
-  if len(pattern.replace('|', '')) > MOST_LAYERS:
-    raise ConfigError(f'model.pattern: {len(pattern.replace("|", ""))} layers are more than {MOST_LAYERS}')
 
 
 def _check_heads(config: 'Config') -> None:
@@ -306,13 +306,13 @@ def _check_sources(config: 'Config') -> None:
       )
     if not source.name or not source.name.isprintable():
       raise ConfigError(f'{path}.name: {source.name!r} cannot name a source')
-    _check_number(f'{path}.weight', source.weight, WEIGHT)
-  names = [s.name for s in sources]
-  if twice := [n for i, n in enumerate(names) if n in names[:i]]:
     if not source.field or source.field != 'text' and source.kind not in FIELD_KINDS:
       raise ConfigError(f'{path}.field: {source.field!r}; only {" and ".join(FIELD_KINDS)} have fields, the others text')
     if source.split != 'train' and source.kind != 'tfds':
       raise ConfigError(f'{path}.split: {source.split!r}; only tfds has splits, leave it at train')
+    _check_number(f'{path}.weight', source.weight, WEIGHT)
+  names = [s.name for s in sources]
+  if twice := [n for i, n in enumerate(names) if n in names[:i]]:
     raise ConfigError(f'data.sources: two sources are called {twice[0]!r}; names must differ')
   if not sum(s.weight for s in sources) > 0:
     raise ConfigError('data.sources: the weights sum to 0; give at least one source a weight')
