@@ -6,8 +6,10 @@ Orbax does not do are done here. It casts to the dtype that is asked for, so nam
 what is stored before anything is read. And it does not notice flipped bits, so `meta` carries a checksum per array.
 """
 
+import contextlib
 import logging
 import pathlib
+from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
@@ -45,8 +47,12 @@ class Checkpointer:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *error: object) -> None:
-    self.close()
+  def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    try:
+      self.close()
+    except Exception:
+      if error is None:  # otherwise what went wrong first is what is told
+        raise
 
   def steps(self) -> list[int]:
     """Steps with a checkpoint, on disk or on its way, oldest first, without those a restore found damaged."""
@@ -63,13 +69,14 @@ class Checkpointer:
     must not be newer than the checkpoint, such as the log, before calling this.
 
     Raises:
-      Exception: whatever made the previous asynchronous save fail (a full disk, for example).
+      ConfigError: this or the previous, asynchronous save failed (a full disk, for example).
     """
-    self._set_bad_aside()
-    if step not in self._manager.all_steps():
-      stored = {'user': meta, 'checksums': checksums(tree)}
-      args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(stored))
-      self._manager.save(step, args=args, force=True)
+    with self._writing():
+      self._set_bad_aside()
+      if step not in self._manager.all_steps():
+        stored = {'user': meta, 'checksums': checksums(tree)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(stored))
+        self._manager.save(step, args=args, force=True)
     if wait:
       self.wait()
 
@@ -98,12 +105,27 @@ class Checkpointer:
     raise ConfigError(f'{self.folder}: {found}; start again in another --workdir')
 
   def wait(self) -> None:
-    """Returns when every save is on disk; raises what made one fail."""
-    self._manager.wait_until_finished()
+    """Returns when every save is on disk. Raises ConfigError if one failed."""
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, then releases Orbax's threads."""
-    self._manager.close()
+    """Waits, then releases Orbax's threads. Raises ConfigError if a save failed."""
+    with self._writing():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Tells people in one line that a save failed, and which checkpoint is the last whole one."""
+    try:
+      yield
+    except Exception as error:  # whatever the storage below Orbax raises
+      whole = max((int(path.name) for path in self.folder.glob('*') if path.name.isdigit()), default=None)
+      kept = 'there is no earlier one' if whole is None else f'the last good one is of step {whole}'
+      raise ConfigError(
+        f'{self.folder}: a checkpoint could not be saved, {kept}; make room and run the same command again to go on '
+        f'from there ({_first_line(error)})'
+      ) from error
 
   def _restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
     try:
@@ -189,4 +211,5 @@ def _differences(found: dict[str, Any], asked: dict[str, Any]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-  return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+  text = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+  return text if len(text) <= 300 else f'{text[:150]} ... {text[-140:]}'  # the system's own words come last
