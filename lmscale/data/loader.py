@@ -4,8 +4,7 @@ A step reads a range of sample numbers, a host its rows of that range: however t
 run was interrupted, sample i is the same.
 """
 
-import hashlib
-import json
+import logging
 import pathlib
 from typing import Any
 
@@ -22,6 +21,9 @@ from lmscale.data.sampler import Sampler
 VERSION = 1  # raise when the same data and seed would give other samples
 SPLITS = ('train', 'validation')
 KEYS = ('tokens', 'labels', 'segment_ids', 'positions')
+ENTROPY_TOKENS = 1 << 24  # of each source that the bigram baseline is counted on
+
+log = logging.getLogger(__name__)
 
 
 def _open(index: int, source: config_lib.SourceConfig, tokenizer: tokenizer_lib.Tokenizer,
@@ -61,11 +63,12 @@ class Loader:
     ]
     self.identity = self._identity(seed, data.validation)
 
-  def _identity(self, seed: int, fraction: float) -> str:
-    sources = [(source.name, weight, store.identity)
+  def _identity(self, seed: int, fraction: float) -> dict[str, Any]:
+    """Everything a sample depends on, in parts, so that a run that goes on with other data is told what has changed."""
+    sources = [{'name': source.name, 'weight': weight, 'content': store.content}
                for source, weight, store in zip(self.sources, self.blend.weights, self.stores, strict=True)]
-    described = [VERSION, sources, self.tokenizer.identity, self.seq_len, seed, self.split, fraction]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    return {'tokenizer': self.tokenizer.identity, 'sources': sources, 'seq_len': self.seq_len, 'seed': seed,
+            'split': self.split, 'validation': fraction, 'version': [VERSION, cache_lib.FORMAT]}
 
   @property
   def vocab(self) -> int:
@@ -103,10 +106,26 @@ class Loader:
     return {sampler.name: float(n / sampler.windows_per_epoch)
             for sampler, n in zip(self.samplers, counts, strict=True)}
 
+  def bytes_per_token(self, samples: int) -> float | None:
+    """Bytes of text per predicted token in the first `samples` samples; None where a source does not know its texts."""
+    found = np.zeros(2)
+    for sample in range(samples):
+      source, k = self.blend.source_of(sample)
+      if self.stores[source].text_bytes is None:
+        return None
+      found += self.samplers[source].text_bytes(k)
+    return float(found[0] / found[1]) if found.all() else None
+
   def order1_entropy(self) -> float:
-    """H(next token | token) in nats of the whole corpus, train and validation, blended by the weights."""
+    """H(next token | token) in nats of the corpus, train and validation, blended by the weights.
+
+    Of a source of more than ENTROPY_TOKENS tokens it is that of the first so many, and a log line says so.
+    """
     joint = 0.0
-    for weight, store in zip(self.blend.weights, self.stores, strict=True):
-      counts = entropy.pair_counts(store.tokens, self.vocab, self.tokenizer.end)
+    for sampler, weight, store in zip(self.samplers, self.blend.weights, self.stores, strict=True):
+      if len(store.tokens) > ENTROPY_TOKENS:
+        log.warning('%s: the order-1 entropy is that of its first %s of %s tokens', sampler.name,
+                    f'{ENTROPY_TOKENS:,}', f'{len(store.tokens):,}')
+      counts = entropy.pair_counts(store.tokens[:ENTROPY_TOKENS], self.vocab, self.tokenizer.end)
       joint = joint + weight * (counts / counts.sum())
     return entropy.conditional_entropy(joint)

@@ -33,8 +33,9 @@ class Sampler:
   def __init__(self, name: str, store: TokenStore, split: str, fraction: float, seq_len: int, seed: int):
     """The documents of `split` where `fraction` is held out. Raises ConfigError if they do not fill one window."""
     self.name, self.store, self.seq_len = name, store, seq_len
-    self.documents = store.documents(split, fraction)
-    self.lengths = store.offsets[self.documents + 1] - store.offsets[self.documents]
+    documents = store.documents(split, fraction)
+    lengths = store.offsets[documents + 1] - store.offsets[documents]
+    self.documents, self.lengths = documents[lengths > 0], lengths[lengths > 0]  # Megatron's may be empty
     self.tokens = int(self.lengths.sum())
     self.windows_per_epoch = max(self.tokens - 1, 0) // seq_len
     self._key = (store.identity, seed, split)
@@ -52,28 +53,46 @@ class Sampler:
     windows = order.permutation(self.windows_per_epoch, 'windows', epoch, *self._key)
     return Epoch(self.documents[shuffled], starts, windows)
 
+  def _window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """(documents [n] that sample `index` touches, where each begins in its row, and seq_len + 1: int64 [n + 1])."""
+    epoch = self._epoch(index // self.windows_per_epoch)
+    begin = int(epoch.windows[index % self.windows_per_epoch]) * self.seq_len
+    end = begin + self.seq_len + 1
+    first, last = np.searchsorted(epoch.starts, (begin, end - 1), 'right') - 1
+    return epoch.documents[first:last + 1], epoch.starts[first:last + 2] - begin
+
   def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(tokens, labels, segment_ids, positions), each int32 [seq_len].
 
     segment_ids number the row's documents from 1; positions restart at 0 at each document and at the row's start.
     labels are the next tokens, -1 at a document's last token: what follows it is another document.
     """
-    epoch = self._epoch(index // self.windows_per_epoch)
-    begin = int(epoch.windows[index % self.windows_per_epoch]) * self.seq_len
-    end = begin + self.seq_len + 1
-    first = int(np.searchsorted(epoch.starts, begin, 'right')) - 1
-    row, segments, positions = (np.empty(self.seq_len + 1, np.int32) for _ in range(3))
-    lasts = []
-    at = 0
-    while at <= self.seq_len:
-      document = first + len(lasts)
-      source = self.store.offsets[epoch.documents[document]] + begin + at - epoch.starts[document]
-      stop = min(end, int(epoch.starts[document + 1])) - begin
-      row[at:stop] = self.store.tokens[source:source + stop - at]
-      lasts.append(int(epoch.starts[document + 1]) - 1 - begin)
-      segments[at:stop] = len(lasts)
-      positions[at:stop] = np.arange(stop - at)
-      at = stop
+    length = self.seq_len + 1
+    documents, starts = self._window(index)
+    begins, ends = np.clip(starts[:-1], 0, length), np.clip(starts[1:], 0, length)
+    row = np.empty(length, np.int32)
+    sources = self.store.offsets[documents] - starts[:-1]
+    for source, begin, end in zip(sources.tolist(), begins.tolist(), ends.tolist(), strict=True):
+      row[begin:end] = self.store.tokens[source + begin:source + end]
+    counts = ends - begins
+    segments = np.repeat(np.arange(1, len(documents) + 1, dtype=np.int32), counts)
+    positions = np.arange(length, dtype=np.int32) - np.repeat(begins.astype(np.int32), counts)
     labels = row[1:].copy()
-    labels[[last for last in lasts if last < self.seq_len]] = -1
+    lasts = starts[1:] - 1
+    labels[lasts[lasts < self.seq_len]] = -1
     return row[:-1], labels, segments[:-1], positions[:-1]
+
+  def text_bytes(self, index: int) -> tuple[float, int]:
+    """(bytes of text that the labels of sample `index` stand for, labels).
+
+    A document's bytes are spread evenly over its tokens, its end included: exact for whole documents.
+
+    Raises:
+      ValueError: the store does not know its texts.
+    """
+    if self.store.text_bytes is None:
+      raise ValueError(f'source {self.name!r}: the bytes of its texts are not known')
+    documents, starts = self._window(index)
+    labels = np.diff(np.clip(starts, 0, self.seq_len + 1)) - 1
+    tokens = self.store.offsets[documents + 1] - self.store.offsets[documents]
+    return float(np.sum(labels * (self.store.text_bytes[documents] / tokens))), int(labels.sum())

@@ -69,13 +69,13 @@ raw = json.loads(pathlib.Path({str(tmp_path / 'config.json')!r}).read_text())
 data = raw['data'] | {{'sources': tuple(c.SourceConfig(**s) for s in raw['data']['sources'])}}
 loader = Loader(c.Config(seed=raw['seed'], train=c.TrainConfig(seq_len=raw['train']['seq_len']),
                          data=c.DataConfig(**data)))
-print(loader.identity, hashlib.sha256(loader.batch(100, range(16))['tokens'].tobytes()).hexdigest())
+print(json.dumps(loader.identity), hashlib.sha256(loader.batch(100, range(16))['tokens'].tobytes()).hexdigest())
 """
   outputs = {subprocess.run([sys.executable, '-c', program], check=True, capture_output=True, text=True).stdout
              for _ in range(2)}
   loader = Loader(config)
   tokens = loader.batch(100, range(16))['tokens']
-  assert outputs == {f'{loader.identity} {hashlib.sha256(tokens.tobytes()).hexdigest()}\n'}
+  assert outputs == {f'{json.dumps(loader.identity)} {hashlib.sha256(tokens.tobytes()).hexdigest()}\n'}
 
 
 def test_seeds_differ_in_training_but_not_in_validation(config):
@@ -125,7 +125,8 @@ def test_identity_names_everything_a_sample_depends_on(config, tmp_path):
     change(config, sources=(config.data.sources[0], dataclasses.replace(config.data.sources[1], weight=2.0))),
     change(config, sources=(config.data.sources[0], dataclasses.replace(config.data.sources[1], name='c'))),
   ]
-  found = {Loader(other).identity for other in others} | {Loader(config, 'validation').identity, first}
+  found = [Loader(other).identity for other in others] + [Loader(config, 'validation').identity, first]
+  found = {json.dumps(identity) for identity in found}
   assert len(found) == len(others) + 2
   (tmp_path / 'a' / '0.txt').write_text('changed')
   assert Loader(config).identity != first
