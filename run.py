@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 
 from lmscale import recipes
 from lmscale.config import Config, ConfigError
+from lmscale.plan.advice import is_out_of_memory, memory_advice
 from lmscale.validate import check_mesh, fill_data, resolve_mesh
 
 if typing.TYPE_CHECKING:
@@ -113,6 +115,10 @@ def _unknown_argument(word: str, parser: argparse.ArgumentParser) -> ConfigError
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one job; returns the exit code."""
   argv = sys.argv[1:] if argv is None else argv
+  config = None
+  for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, 'reconfigure'):  # a path may hold characters that the terminal's encoding does not have
+      stream.reconfigure(errors='backslashreplace')
   try:
     flags, overrides = parse_flags(argv)
     config = recipes.load(flags.config, overrides)
@@ -124,6 +130,16 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print('interrupted before the first step', file=sys.stderr)
     return INTERRUPTED
+  except (MemoryError, RuntimeError) as error:
+    if config is None or not is_out_of_memory(error):
+      raise
+    reason = str(error).partition('\n')[0][:300] or 'the host has no memory left'
+    return _user_error(ConfigError(f'out of memory: {memory_advice(config)} ({reason})'), argv)
+  except OSError as error:
+    if error.errno is None:
+      raise
+    where = f'{os.fsdecode(error.filename)}: ' if isinstance(error.filename, str | bytes) else ''
+    return _user_error(ConfigError(f'{where}{error.strerror}'), argv)
   except ModuleNotFoundError as error:
     package = (error.name or '').partition('.')[0]
     if package in ('', 'lmscale'):
@@ -248,5 +264,15 @@ def count_devices(config: Config) -> int:
     raise ConfigError(f'JAX finds no device: {error}') from error
 
 
+def plain_warnings() -> None:
+  """Warnings of our own modules are lines on standard error without level and module in capitals."""
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter('warning: %(message)s'))
+  logger = logging.getLogger('lmscale')
+  logger.addHandler(handler)
+  logger.propagate = False
+
+
 if __name__ == '__main__':
+  plain_warnings()
   sys.exit(main())

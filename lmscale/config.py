@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from lmscale.errors import ConfigError
+from lmscale.errors import ConfigError, UnknownField
 from lmscale.pattern import LAYER_KINDS, hybrid_pattern
 from lmscale.validate import resolve_mesh, validate
 
@@ -255,7 +255,7 @@ def element(field_type: Any) -> Any:
   return typing.get_args(field_type)[0] if typing.get_origin(field_type) is tuple else None
 
 
-def unknown_field(path: str) -> ConfigError:
+def unknown_field(path: str) -> UnknownField:
   """The error for a field that does not exist, with the nearest one that does."""
   known = _paths(Config, '')
   by_leaf: dict[str, list[str]] = {}
@@ -265,7 +265,7 @@ def unknown_field(path: str) -> ConfigError:
   near = difflib.get_close_matches(path, known, 1, 0.8)
   near = near or [n for m in difflib.get_close_matches(leaf, by_leaf, 1, 0.6) for n in by_leaf[m]]
   near = near or difflib.get_close_matches(path, known, 1, 0.4)
-  return ConfigError(f'{path}: no such field' + (f'; did you mean {" or ".join(near)}?' if near else ''))
+  return UnknownField(f'{path}: no such field' + (f'; did you mean {" or ".join(near)}?' if near else ''))
 
 
 def _paths(section: type, prefix: str) -> list[str]:

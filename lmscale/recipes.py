@@ -18,6 +18,7 @@ from typing import Any
 
 from lmscale import config as config_lib
 from lmscale.config import Config, ConfigError
+from lmscale.errors import UnknownField
 
 MAX_JSON_BYTES = 1 << 20
 
@@ -43,7 +44,12 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     raise ConfigError(f'--config: {path} is neither a .py recipe nor a .json config')
   for field, text in overrides:
     _override(values, field, text)
-  return config_lib.from_dict(values)
+  try:
+    return config_lib.from_dict(values)
+  except UnknownField as error:
+    if path.suffix == '.py':
+      raise
+    raise ConfigError(f'--config: {path} is of another version of lmscale or was changed by hand: {error}') from error
 
 
 def arguments(text: str, allowed: Mapping[str, Sequence[str]]) -> dict[str, str]:

@@ -168,7 +168,7 @@ def _read_config(path: pathlib.Path) -> Config:
   try:
     return config_lib.from_dict(json.loads(path.read_text(encoding='utf-8')))
   except (ValueError, OSError) as error:
-    raise ConfigError(f'{path}: not a config of this version ({error}); give another --workdir') from error
+    raise ConfigError(f'{path}: written by another version of lmscale or damaged ({error}); give another --workdir') from error
 
 
 def _comparable(config: Config) -> dict[str, Any]:
