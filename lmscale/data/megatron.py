@@ -129,7 +129,7 @@ class Writer:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, kind: type | None, *error: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
     self._file.close() if kind else self.close()
 
 

@@ -6,6 +6,7 @@ text). With them the split into training and validation is that of the texts the
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import pathlib
@@ -69,7 +70,7 @@ def _scan(tokens: np.ndarray, offsets: np.ndarray, folder: pathlib.Path) -> tupl
     for at in range(0, len(tokens), SCANNED):
       part = tokens[at:at + SCANNED]
       low, high = min(low, int(part.min())), max(high, int(part.max()))
-    keys = (document.split_key(tokens[a:b].astype('<i8').tobytes()) for a, b in zip(offsets, offsets[1:], strict=False))
+    keys = (document.split_key(tokens[a:b].astype('<i8').tobytes()) for a, b in itertools.pairwise(offsets))
     np.save(folder / 'split_keys.npy', np.fromiter(keys, np.uint64, len(offsets) - 1), allow_pickle=False)
     (folder / 'ids.json').write_text(json.dumps({'low': low, 'high': high}))
 

@@ -202,10 +202,11 @@ class Run:
     return False
 
   def evaluate(self, state: Any, done: int) -> dict[str, float]:
-    """The validation loss in nats per token, and in bits per byte."""
+    """The validation loss in nats per token, and in bits per byte of text where the texts are known."""
     loss, _ = self.program.evaluate(state, self.val_loader, self.config.loop.eval_samples)
-    bits = loss / math.log(2)  # a token is a byte: there is no other tokenizer
-    self.console.say(f'step {done}: validation loss {loss:.4f}, {bits:.4f} bits per byte')
+    per_token = self.val_loader.bytes_per_token(self.config.loop.eval_samples)
+    bits = loss / math.log(2) / per_token if per_token else None
+    self.console.say(f'step {done}: validation loss {loss:.4f}' + (f', {bits:.4f} bits per byte' if bits is not None else ''))
     return {'val_loss': loss, 'val_bits_per_byte': bits}
 
   def sample(self, state: Any, done: int) -> None:
@@ -256,7 +257,8 @@ def _finish(console: Console, checkpoints: Checkpointer, workdir: Workdir, refer
     console.say(f'finished: step {lines[-1]["step"]}, {quantity(lines[-1]["tokens"])}tokens, training loss {loss}')
   if validation := [line for line in lines if line.get('val_loss') is not None]:
     loss, bits = validation[-1]['val_loss'], validation[-1]['val_bits_per_byte']
-    console.say(f'validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte')
+    per_byte = f', {bits:.4f} bits per byte' if bits is not None else ''
+    console.say(f'validation loss {loss:.4f} nats per token{per_byte}')
     if reference is not None:
       side = 'below' if loss < reference else 'above'
       console.say(f'that is {abs(reference - loss):.4f} {side} the order-1 entropy of {reference:.4f} nats per token')

@@ -45,6 +45,9 @@ class FakeLoader:
         out[i - rows.start] = np.nan
     return {'x': out}
 
+  def bytes_per_token(self, samples):
+    return 2.0
+
 
 class FakeTokenizer:
   end = 0

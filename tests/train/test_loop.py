@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +61,20 @@ def test_lines(whole):
     assert line['tokens_per_second'] > 0 and line['grad_norm'] > 0
   assert [line['step'] for line in found if 'val_loss' in line] == [7, 14, 21, 24]
   last = found[-1]
-  assert last['val_bits_per_byte'] == last['val_loss'] / math.log(2)
+  assert last['val_bits_per_byte'] == last['val_loss'] / math.log(2) / 2  # the fake's two bytes a token
   assert last['val_loss'] < found[6]['val_loss'] and last['tokens'] == schedule.total_tokens
+
+
+def test_bits_per_byte_are_null_where_the_texts_are_not_known():
+  said = []
+  run = types.SimpleNamespace(
+    config=CONFIG,
+    program=types.SimpleNamespace(evaluate=lambda *_: (1.5, 3)),
+    val_loader=types.SimpleNamespace(bytes_per_token=lambda samples: None),
+    console=types.SimpleNamespace(say=said.append),
+  )
+  assert loop.Run.evaluate(run, None, 7) == {'val_loss': 1.5, 'val_bits_per_byte': None}
+  assert said == ['step 7: validation loss 1.5000']
 
 
 def test_a_complete_run_says_so(whole, capsys):

@@ -26,6 +26,9 @@ MESH = MeshConfig(1, 4, 2, 1)
 class Rows(tiny.Rows):
   identity = 'random rows'
 
+  def bytes_per_token(self, samples):
+    return 1.0
+
 
 class Stopped(Program):
   def step(self, state, batch):
