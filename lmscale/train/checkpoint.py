@@ -20,6 +20,7 @@ from orbax.checkpoint import multihost
 
 from lmscale.errors import ConfigError
 
+FORMAT = 1  # raise when older code could not read what is written
 SHOWN = 6  # differences named in an error
 
 
@@ -74,7 +75,7 @@ class Checkpointer:
     with self._writing():
       self._set_bad_aside()
       if step not in self._manager.all_steps():
-        stored = {'user': meta, 'checksums': checksums(tree)}
+        stored = {'format': FORMAT, 'user': meta, 'checksums': checksums(tree)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(stored))
         self._manager.save(step, args=args, force=True)
     if wait:
@@ -129,21 +130,32 @@ class Checkpointer:
 
   def _restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
     try:
+      about = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+      meta, expected, version = about['user'], about['checksums'], about.get('format', 1)
+    except Exception as error:  # Orbax has no common type for what a damaged file raises
+      raise DamagedCheckpoint(_first_line(error)) from error
+    if version != FORMAT:
+      raise ConfigError(
+        f'checkpoint {self.folder / str(step)} has format {version}, this version of lmscale reads format {FORMAT}; '
+        'update it, or give another --workdir'
+      )
+    try:
       metadata = self._manager.item_metadata(step).state
       found = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _named(metadata.tree).items()}
-    except Exception as error:  # Orbax has no common type for what a damaged file raises
+    except Exception as error:
       raise DamagedCheckpoint(_first_line(error)) from error
     asked = {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in _named(abstract).items()}
     if differences := _differences(found, asked):
       raise ConfigError(f'checkpoint {self.folder / str(step)} does not fit the model: {differences}')
     try:
-      args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
-      restored = self._manager.restore(step, args=args)
-      tree, meta, expected = restored.state, restored.meta['user'], restored.meta['checksums']
+      tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+      facts = _facts(tree)
     except Exception as error:
       raise DamagedCheckpoint(_first_line(error)) from error
-    if wrong := [name for name, value in checksums(tree).items() if expected.get(name) != value]:
+    if wrong := [name for name, (checksum, _) in facts.items() if expected.get(name) != checksum]:
       raise DamagedCheckpoint(f'checksum of {", ".join(wrong[:SHOWN])} differs')
+    if wrong := [name for name, (_, finite) in facts.items() if not finite]:
+      raise DamagedCheckpoint(f'{", ".join(wrong[:SHOWN])} holds NaN or infinity')
     return tree, meta
 
   def _set_bad_aside(self) -> None:
@@ -162,6 +174,11 @@ class Checkpointer:
 
 def checksums(tree: Any) -> dict[str, int]:
   """A checksum per array, by its name `a/b/c`: equal on every mesh. Blocks until the arrays are there."""
+  return {name: checksum for name, (checksum, _) in _facts(tree).items()}
+
+
+def _facts(tree: Any) -> dict[str, tuple[int, bool]]:
+  """(checksum, whether every number is finite) per array."""
   groups: dict[str, dict[str, jax.Array]] = {}
   for name, leaf in _named(tree).items():
     groups.setdefault(name.rpartition('/')[0], {})[name.rpartition('/')[2]] = leaf
@@ -169,22 +186,23 @@ def checksums(tree: Any) -> dict[str, int]:
   for parent, leaves in groups.items():
     # One program at a time: programs with collectives that do not depend on each other deadlock on emulated devices.
     # One per layer: layers of a kind share a compiled one.
-    sums = jax.device_get(_checksums(leaves))
-    found |= {f'{parent}/{name}'.lstrip('/'): int(value) for name, value in sums.items()}
+    facts = jax.device_get(_layer_facts(leaves))
+    found |= {f'{parent}/{name}'.lstrip('/'): (int(bits), bool(finite)) for name, (bits, finite) in facts.items()}
   return found
 
 
 @jax.jit
-def _checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """The sums of the arrays' bits as unsigned words, modulo 2^32: any single bit changes its array's."""
+def _layer_facts(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """The sums of the arrays' bits as unsigned words, modulo 2^32: any single bit changes its array's. And is it finite."""
 
-  def one(x: jax.Array) -> jax.Array:
+  def one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    finite = jnp.all(jnp.isfinite(x))
     if x.dtype == bool:
       x = x.astype(jnp.uint8)
     words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    return jnp.sum(jax.lax.bitcast_convert_type(x, words), dtype=jnp.uint32)
+    return jnp.sum(jax.lax.bitcast_convert_type(x, words), dtype=jnp.uint32), finite
 
-  return jax.tree.map(one, leaves)
+  return {name: one(x) for name, x in leaves.items()}
 
 
 def _named(tree: Any) -> dict[str, Any]:
