@@ -12,12 +12,16 @@ JAX 0.11 deprecates the Triton lowering (a DeprecationWarning when a kernel is l
 where it is gone.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from lmscale.kernels.ssd.decay import chunk_decay
 
 try:
+  from lmscale.kernels.ssd import pallas_triton_backward as backward
   from lmscale.kernels.ssd import pallas_triton_forward as forward
   from lmscale.kernels.ssd import pallas_triton_tiles as tiles
 except ImportError as error:
@@ -55,16 +59,11 @@ def ssd_pallas_triton(
   b, l, h, p = x.shape
   n = B.shape[3]
   parts = _parts(p, n)
-  if segments is None:
-    segments = _segments(b * h * parts, -(-l // chunk))
-  plan = tiles.Plan(
-    length=l, q=chunk, segments=segments, per_segment=-(-l // (chunk * segments)), save_every=save_every,
-    deterministic=deterministic, interpret=interpret,
-  )  # fmt: skip
+  plan = _plan(l, chunk, segments or _segments(b * h * parts, -(-l // chunk)), save_every, deterministic, interpret)
   dt = jnp.pad(dt, ((0, 0), (0, plan.padded - l), (0, 0)))
   if document is not None:
     document = jnp.pad(document, ((0, 0), (0, plan.padded - l)), mode='edge')
-  cs = chunk_decay(dt, A, document, chunk) * tiles.LOG2E
+  cs = chunk_decay(dt, A, document, chunk)
   dt, cs = (jnp.repeat(jnp.swapaxes(m, 1, 2), parts, axis=1) for m in (dt, cs))
   if D is not None:
     D = jnp.broadcast_to(D if D.ndim == 2 else D[:, None], (h, p)).reshape(h * parts, p // parts)
@@ -87,30 +86,70 @@ def _segments(programs, chunks):
   return max(1, min(round(PROGRAMS / programs), chunks // SHORTEST_SEGMENT))
 
 
+def _plan(length, q, segments, save_every, deterministic, interpret):
+  """Segments of equal length, in chunks a multiple of save_every."""
+  per_segment = -(-length // (q * segments))
+  save_every = min(save_every, per_segment)
+  per_segment = -(-per_segment // save_every) * save_every
+  return tiles.Plan(length, q, segments, per_segment, save_every, deterministic, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ssd(plan, x, dt, cs, B, C, D, state, document):
   """The kernels. x [b, l, h, p]; dt, cs [b, h, padded l]; B, C [b, l, g, n]; D [h, p]; state [b, h, n, p]."""
-  start = _start_states(plan, x, dt, cs, B, state, document)
-  out = forward.walk(plan, x, dt, cs, B, C, D, start, document, y=True)
+  out, _ = _run(plan, x, dt, cs, B, C, D, state, document)
   return out['y'], out['end'][:, -1]
 
 
-def _start_states(plan, x, dt, cs, B, state, document):
-  """[b, segments, h, n, p]: the state each segment starts from, the first from `state`."""
-  if plan.segments == 1:
-    return state[:, None]
-  zero = jnp.zeros((state.shape[0], plan.segments, *state.shape[1:]), state.dtype)
-  end = forward.walk(plan, x, dt, cs, B, None, None, zero, document, y=False)['end']
-  return _carry(state, end, _through(plan, cs, document))
+def _run(plan, x, dt, cs, B, C, D, state, document, saved=None):
+  cs = cs * tiles.LOG2E
+  start = state[:, None]
+  if plan.segments > 1:
+    zero = jnp.zeros((state.shape[0], plan.segments, *state.shape[1:]), state.dtype)
+    end = forward.walk(plan, x, dt, cs, B, C, None, zero, document, end=True)['end']
+    start = _carry(state, end, _through(plan, cs, document))
+  return forward.walk(plan, x, dt, cs, B, C, D, start, document, y=True, end=True, saved=saved), cs
 
 
-def _carry(state, end, through):
-  """state_(s+1) = through_s state_s + end_s over axis 1; returns every state_s."""
+def _ssd_forward(plan, x, dt, cs, B, C, D, state, document):
+  out, cs = _run(plan, x, dt, cs, B, C, D, state, document, saved=_saved_dtype(x))
+  return (out['y'], out['end'][:, -1]), (x, dt, cs, B, C, D, out['saved'], document)
+
+
+def _ssd_backward(plan, residuals, cotangents):
+  x, dt, cs, B, C, D, states, document = residuals
+  dy, dstate = cotangents
+  if plan.save_every > 1:
+    inner = dataclasses.replace(
+      plan, segments=plan.chunks // plan.save_every, per_segment=plan.save_every, save_every=1)  # fmt: skip
+    states = forward.walk(inner, x, dt, cs, B, None, None, states, document, saved=states.dtype)['saved']
+  walk = functools.partial(backward.walk, plan, x, dt, cs, B, C, D, states, dy, document=document)
+  end = dstate[:, None]
+  if plan.segments > 1:
+    zero = jnp.zeros((dstate.shape[0], plan.segments, *dstate.shape[1:]), dstate.dtype)
+    start, through = walk(end=zero, full=False)['start'], _through(plan, cs, document)
+    end = _carry(dstate, start[:, ::-1], through[:, ::-1])[:, ::-1]
+  out = walk(end=end, full=True)
+  dB, dC = backward.group_gradients(plan, x, dt, cs, B, C, states, out['left'], dy, document)
+  dD = None if D is None else out['dD'].sum(axis=(0, 1))
+  return out['dx'], out['ddt'], out['dcs'], dB, dC, dD, out['start'][:, 0], None
+
+
+_ssd.defvjp(_ssd_forward, _ssd_backward)
+
+
+def _saved_dtype(x):
+  return x.dtype
+
+
+def _carry(first, added, through):
+  """s_(i+1) = through_i s_i + added_i along axis 1, from s_0 = first; returns every s_i but the last."""
 
   def step(state, segment):
-    end, through = segment
-    return through[..., None, None] * state + end, state
+    added, through = segment
+    return through[..., None, None] * state + added, state
 
-  _, states = jax.lax.scan(step, state, (jnp.moveaxis(end, 1, 0), jnp.moveaxis(through, 1, 0)))
+  _, states = jax.lax.scan(step, first, (jnp.moveaxis(added, 1, 0), jnp.moveaxis(through, 1, 0)))
   return jnp.moveaxis(states, 0, 1)
 
 

@@ -8,77 +8,53 @@ within a chunk, and H [n, p] the (transposed) state that enters it,
   y    = M x + exp(cs) (C H) + D x
   H   <- exp(cs_last) H + B^T (exp(cs_last - cs) dt x)
 
-(arXiv 2405.21060, section 6). Only what `outputs` asks for is computed and stored.
+(arXiv 2405.21060, section 6). Only what is wanted is computed and stored.
 """
 
 import functools
 
 import jax
-from jax.experimental import pallas as pl
 
 from lmscale.kernels.ssd import pallas_triton_tiles as tiles
 from lmscale.kernels.ssd.pallas_triton_tiles import Plan
 
 
-def walk(plan: Plan, x, dt, cs, B, C, D, start, document, *, y: bool, saved_dtype=None) -> dict[str, jax.Array]:
-  """Runs every segment from its own start state.
+def walk(plan: Plan, x, dt, cs, B, C, D, start, document, *, y=False, end=False, saved=None) -> dict[str, jax.Array]:
+  """Walks every segment from its own start state.
 
   Args:
     x: [b, l, h, p]. dt, cs: [b, h, padded l], cs in base 2. B, C: [b, l, g, n]. D: [h, p] or None.
     start: [b, segments, h, n, p]. document: [b, padded l] or None.
-    y: whether y is wanted.
-    saved_dtype: of the states to keep for the backward pass; None keeps none.
+    y, end, saved: what is wanted; saved is the dtype of the states to keep, None for none.
 
   Returns:
-    'end' [b, segments, h, n, p], the state after each segment; 'y' [b, l, h, p] in x.dtype; 'saved'
-    [b, chunks / save_every (rounded up), h, n, p], the state that enters every save_every-th chunk.
+    'y' [b, l, h, p] in x.dtype; 'end' [b, segments, h, n, p], the state after each segment; 'saved'
+    [b, chunks / save_every, h, n, p], the state that enters every save_every-th chunk.
   """
   b, _, h, p = x.shape
   g, n = B.shape[2:]
-  saved = -(-plan.chunks // plan.save_every)
-  head, group, row = _indices(h // g)
+  specs = tiles.head_specs(plan, h // g, n, p)
   inputs = {'x': x, 'dt': dt, 'cs': cs, 'B': B, 'C': C if y else None, 'D': D if y else None, 'start': start,
             'document': document}  # fmt: skip
-  specs = {
-    'x': tiles.tokens(head, p, plan), 'dt': tiles.vectors(head, plan), 'cs': tiles.vectors(head, plan),
-    'B': tiles.tokens(group, n, plan), 'C': tiles.tokens(group, n, plan),
-    'D': pl.BlockSpec((None, tiles.block(p)), lambda *program: (head(*program)[1], 0)),
-    'start': tiles.states(head, plan.segments, n, p),
-    'document': pl.BlockSpec((None, plan.padded), lambda *program: (row(*program), 0)),
-    'y': tiles.tokens(head, p, plan), 'end': tiles.states(head, plan.segments, n, p),
-    'saved': tiles.states(head, saved, n, p),
-  }  # fmt: skip
-  outputs = {'end': jax.ShapeDtypeStruct(start.shape, start.dtype)}
+  outputs = {}
   if y:
     outputs['y'] = jax.ShapeDtypeStruct(x.shape, x.dtype)
-  if saved_dtype is not None:
-    outputs['saved'] = jax.ShapeDtypeStruct((b, saved, h, n, p), saved_dtype)
+  if end:
+    outputs['end'] = jax.ShapeDtypeStruct(start.shape, dt.dtype)
+  if saved is not None:
+    outputs['saved'] = jax.ShapeDtypeStruct((b, plan.chunks // plan.save_every, h, n, p), saved)
 
   def ssd_forward(inputs, outputs):
     _forward(plan, n, p, inputs, outputs)
 
-  in_specs = {name: None if value is None else specs[name] for name, value in inputs.items()}
-  out_specs = {name: specs[name] for name in outputs}
-  return tiles.call(ssd_forward, plan, (h, plan.segments, b), inputs, outputs, in_specs, out_specs, warps=4, stages=2)
-
-
-def _indices(repeat):
-  """Of the grid (head, segment, row): the functions that give (row, head), (row, group) and row."""
-
-  def head(head, segment, row):
-    return row, head
-
-  def group(head, segment, row):
-    return row, head // repeat
-
-  return head, group, lambda head, segment, row: row
+  return tiles.call(ssd_forward, plan, (h, plan.segments, b), inputs, outputs, specs, warps=4, stages=2)
 
 
 def _forward(plan, n, p, inputs, outputs):
   """One program."""
-  acc, dtype = inputs['start'].dtype, inputs['x'].dtype
-  segment = pl.program_id(1).astype(int)  # int64 where the caller enabled it, as Pallas makes its own indices
+  acc, dtype = inputs['dt'].dtype, inputs['x'].dtype
   dot = functools.partial(tiles.dot, acc=acc)
+  segment = tiles.program(1)
 
   def chunk(i, state):
     number = segment * plan.per_segment + i
@@ -98,6 +74,7 @@ def _forward(plan, n, p, inputs, outputs):
     weighted = ((decay.to_end() * dt)[:, None] * x).astype(dtype)
     return decay.through() * state + dot(B, weighted, trans_a=True)
 
-  state = tiles.load_state(inputs['start'], segment, n, p)
+  state = tiles.load_state(inputs['start'], segment, n, p).astype(acc)
   state = jax.lax.fori_loop(0, plan.per_segment, chunk, state)
-  tiles.store_state(outputs['end'], state, segment, n, p)
+  if 'end' in outputs:
+    tiles.store_state(outputs['end'], state, segment, n, p)

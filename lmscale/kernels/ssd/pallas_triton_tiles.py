@@ -44,38 +44,64 @@ def block(size: int) -> int:
   return max(16, pl.next_power_of_2(size))
 
 
-def call(kernel, plan: Plan, grid, inputs, outputs, in_specs, out_specs, *, warps: int, stages: int, aliases=None):
-  """`pl.pallas_call` of kernel(inputs, outputs), both dicts, lowered through Triton."""
+def call(kernel, plan: Plan, grid, inputs, outputs, specs, *, warps: int, stages: int):
+  """`pl.pallas_call` of kernel(inputs, outputs), both dicts, lowered through Triton; specs has all their names."""
   return pl.pallas_call(
-    kernel, grid=grid, in_specs=[in_specs], out_specs=out_specs, out_shape=outputs, interpret=plan.interpret,
-    input_output_aliases=aliases or {},
+    kernel, grid=grid, in_specs=[{name: None if value is None else specs[name] for name, value in inputs.items()}],
+    out_specs={name: specs[name] for name in outputs}, out_shape=outputs, interpret=plan.interpret,
     compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
   )(inputs)  # fmt: skip
 
 
-def tokens(index, width: int, plan: Plan) -> pl.BlockSpec:
-  """One head or group of a [b, l, heads or groups, width] array; index(*program) is (row, head or group)."""
-
-  def where(*program):
-    row, head = index(*program)
-    return row, 0, head, 0
-
-  return pl.BlockSpec((None, plan.padded, None, block(width)), where)
+def program(axis: int) -> jax.Array:
+  """Where the program is on an axis of the grid: int64 where the caller enabled it, as Pallas' own indices are then."""
+  return pl.program_id(axis).astype(int)
 
 
-def vectors(index, plan: Plan) -> pl.BlockSpec:
-  """One head of a [b, h, padded length] array."""
-  return pl.BlockSpec((None, None, plan.padded), lambda *program: (*index(*program), 0))
+def head_specs(plan: Plan, repeat: int, n: int, p: int) -> dict[str, pl.BlockSpec]:
+  """The blocks of a program of the grid (head, segment, row), by the arrays' names; `repeat` heads share a group."""
+  N, P = block(n), block(p)
+  tokens = pl.BlockSpec((None, plan.padded, None, P), lambda head, segment, row: (row, 0, head, 0))
+  of_group = pl.BlockSpec((None, plan.padded, None, N), lambda head, segment, row: (row, 0, head // repeat, 0))
+  vector = pl.BlockSpec((None, None, plan.padded), lambda head, segment, row: (row, head, 0))
+
+  def states(count):
+    return pl.BlockSpec((None, count, None, N, P), lambda head, segment, row: (row, 0, head, 0, 0))
+
+  return {
+    'x': tokens, 'y': tokens, 'dx': tokens, 'dy': tokens, 'B': of_group, 'C': of_group,
+    'dt': vector, 'cs': vector, 'ddt': vector, 'dcs': vector,
+    'start': states(plan.segments), 'end': states(plan.segments),
+    'states': states(plan.chunks), 'left': states(plan.chunks), 'saved': states(plan.chunks // plan.save_every),
+    'D': pl.BlockSpec((None, P), lambda head, segment, row: (head, 0)),
+    'dD': pl.BlockSpec((None, plan.segments, None, P), lambda head, segment, row: (row, 0, head, 0)),
+    'document': pl.BlockSpec((None, plan.padded), lambda head, segment, row: (row, 0)),
+  }  # fmt: skip
 
 
-def states(index, count: int, n: int, p: int) -> pl.BlockSpec:
-  """The `count` states of one head of a [b, count, h, n, p] array."""
+def group_specs(plan: Plan, g: int, heads: int, parts: int, n: int, p: int) -> dict[str, pl.BlockSpec]:
+  """The blocks of a program of the grid (part and side, chunk, row and group); it has `heads` heads, a part's."""
+  N, P = block(n), block(p)
 
-  def where(*program):
-    row, head = index(*program)
-    return row, 0, head, 0, 0
+  def first(part, group):  # block of heads
+    return (group % g) * parts + part // 2
 
-  return pl.BlockSpec((None, count, None, block(n), block(p)), where)
+  tokens = pl.BlockSpec(
+    (None, plan.padded, heads, P), lambda part, chunk, group: (group // g, 0, first(part, group), 0)
+  )
+  of_group = pl.BlockSpec((None, plan.padded, None, N), lambda part, chunk, group: (group // g, 0, group % g, 0))
+  partial = pl.BlockSpec(
+    (None, None, plan.padded, None, N), lambda part, chunk, group: (part // 2, group // g, 0, group % g, 0)
+  )
+  vector = pl.BlockSpec((None, heads, plan.padded), lambda part, chunk, group: (group // g, first(part, group), 0))
+  states = pl.BlockSpec(
+    (None, plan.chunks, heads, N, P), lambda part, chunk, group: (group // g, 0, first(part, group), 0, 0)
+  )
+  return {
+    'x': tokens, 'dy': tokens, 'B': of_group, 'C': of_group, 'dB': partial, 'dC': partial, 'dt': vector, 'cs': vector,
+    'states': states, 'left': states,
+    'document': pl.BlockSpec((None, plan.padded), lambda part, chunk, group: (group // g, 0)),
+  }  # fmt: skip
 
 
 def _mask(shape, sizes):
@@ -88,22 +114,22 @@ def _mask(shape, sizes):
   return mask
 
 
-def _rows(ref, start, plan, width):
-  mask = _mask(
-    (plan.q, ref.shape[1]),
-    (None if plan.padded == plan.length else plan.length - start, None if ref.shape[1] == width else width),
-  )
-  return ref.at[pl.ds(start, plan.q), :], mask
+def _rows(ref, start, plan, width, head):
+  block_width = ref.shape[-1]
+  tail, narrow = plan.padded != plan.length, block_width != width
+  mask = _mask((plan.q, block_width), (plan.length - start if tail else None, width if narrow else None))
+  rows = pl.ds(start, plan.q)
+  return ref.at[(rows, slice(None)) if head is None else (rows, head, slice(None))], mask
 
 
-def load_rows(ref, start, plan: Plan, width: int) -> jax.Array:
-  """[q, block(width)] from token `start`; zeros beyond the length and the width."""
-  rows, mask = _rows(ref, start, plan, width)
+def load_rows(ref, start, plan: Plan, width: int, head=None) -> jax.Array:
+  """[q, block(width)] from token `start` (of head `head`, where the block has several); zeros outside the array."""
+  rows, mask = _rows(ref, start, plan, width, head)
   return pltriton.load(rows, mask=mask, other=None if mask is None else 0)
 
 
 def store_rows(ref, value, start, plan: Plan, width: int) -> None:
-  rows, mask = _rows(ref, start, plan, width)
+  rows, mask = _rows(ref, start, plan, width, None)
   pltriton.store(rows, value.astype(ref.dtype), mask=mask)
 
 
@@ -113,12 +139,21 @@ def load_row(ref, width: int) -> jax.Array:
   return pltriton.load(ref, mask=mask, other=None if mask is None else 0)
 
 
-def load_vector(ref, start, plan: Plan) -> jax.Array:
-  return pltriton.load(ref.at[pl.ds(start, plan.q)])
+def store_row(ref, value, index, width: int) -> None:
+  pltriton.store(ref.at[index], value, mask=_mask(value.shape, (None if ref.shape[1] == width else width,)))
+
+
+def load_vector(ref, start, plan: Plan, head=None) -> jax.Array:
+  rows = pl.ds(start, plan.q)
+  return pltriton.load(ref.at[rows if head is None else (head, rows)])
+
+
+def store_vector(ref, value, start, plan: Plan) -> None:
+  pltriton.store(ref.at[pl.ds(start, plan.q)], value)
 
 
 def _state(ref, index, n, p):
-  shape = ref.shape[1:]
+  shape = ref.shape[-2:]
   return ref.at[index], _mask(shape, (None if shape[0] == n else n, None if shape[1] == p else p))
 
 
@@ -182,10 +217,10 @@ class Decay:
     return _masked_exp2(self.total, None if self.doc is None else self.entering == self.last)
 
 
-def load_decay(cs_ref, doc_ref, start, plan: Plan) -> Decay:
+def load_decay(cs_ref, doc_ref, start, plan: Plan, head=None) -> Decay:
   """The decays of the chunk at token `start`; doc_ref None means one document."""
   last = start + plan.q - 1
-  cs, total = load_vector(cs_ref, start, plan), pltriton.load(cs_ref.at[last])
+  cs, total = load_vector(cs_ref, start, plan, head), pltriton.load(cs_ref.at[last if head is None else (head, last)])
   if doc_ref is None:
     return Decay(cs, total)
   entering = jnp.where(start == 0, 0, pltriton.load(doc_ref.at[jnp.maximum(start - 1, 0)]))
