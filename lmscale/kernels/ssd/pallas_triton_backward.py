@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from lmscale.kernels.ssd import pallas_triton_tiles as tiles
 from lmscale.kernels.ssd.pallas_triton_tiles import Plan
