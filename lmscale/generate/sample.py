@@ -1,5 +1,6 @@
 """Sampling from a model with caches: one prefill of the prompt, then one token at a time."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from lmscale.config import Config
 from lmscale.models import model, stack
 from lmscale.models.context import Context
+from lmscale.parallel.rules import make_constrain, make_local, make_rules
 
 
 def make_generate(
@@ -18,9 +20,14 @@ def make_generate(
 
   Attention reads a KV cache, Mamba layers carry their convolution window and state, so a step costs the same at any
   length in a Mamba layer. temperature 0 takes the most likely token, else the logits are divided by it. The layers are
-  unrolled: without a gradient there is nothing to gain from stacking them.
+  unrolled: without a gradient there is nothing to gain from stacking them. On a mesh it runs where the step does, inside a
+  shard_map over all axes but `tensor`.
   """
   plan = stack.make_plan(config.model.layers, 'unrolled')
+  # A prompt need not divide by `tensor`, and one token cannot be cut.
+  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, sequence_parallel=False))
+  rules = make_rules(config)
+  hooks = {'constrain': make_constrain(config, rules), 'local': make_local(config, rules), 'tensor': config.mesh.tensor}
 
   def used(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(jnp.float32, dtype))
@@ -32,7 +39,7 @@ def make_generate(
 
     def advance(tokens: jax.Array, start: jax.Array | int, caches: Any, key: jax.Array) -> tuple[jax.Array, Any]:
       positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-      hidden, caches, _ = model.forward(config.model, params, tokens, Context(positions), caches, plan)
+      hidden, caches, _ = model.forward(config.model, params, tokens, Context(positions, **hooks), caches, plan)
       return _pick(model.logits(config.model, params, hidden[:, -1]), temperature, key), caches
 
     def one(carry: tuple, i: jax.Array) -> tuple[tuple, jax.Array]:

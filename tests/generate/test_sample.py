@@ -12,7 +12,10 @@ from lmscale.models.context import plain_context
 from lmscale.train.program import Program
 
 
-@pytest.mark.parametrize('mesh', [MeshConfig(1, 1, 1, 0), MeshConfig(1, 4, 2, 3)], ids=['one', 'mesh'])
+MESHES = {'one': MeshConfig(1, 1, 1, 0), 'mesh': MeshConfig(1, 4, 2, 3), 'cut groups': MeshConfig(1, 2, 4, 1, True)}
+
+
+@pytest.mark.parametrize('mesh', MESHES.values(), ids=MESHES)
 def test_greedy_decoding_is_the_argmax_of_the_whole_sequence(mesh):
   program = Program(tiny.config(mesh), jax.devices()[: mesh.size])
   state = program.init()
