@@ -28,6 +28,7 @@ class AttentionConfig:
   heads: int = 4
   kv_heads: int = 4
   head_dim: int = 32
+  implementation: str = 'auto'  # auto (the best one for the platform) | xla | cudnn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Mamba2Config:
   groups: int = 2
   state: int = 32
   conv: int = 4
-  chunk: int = 64  # tokens per SSD chunk
+  chunk: int = 0  # tokens per SSD chunk; 0: the implementation's own choice
+  implementation: str = 'auto'  # auto (the best one for the platform) | scan | xla | pallas_triton | pallas_mosaic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,8 @@ class MambaConfig:
   state: int = 16
   dt_rank: int = 8
   conv: int = 4
-  chunk: int = 32  # tokens per selective-scan chunk
+  chunk: int = 0  # tokens per selective-scan chunk; 0: the implementation's own choice
+  implementation: str = 'auto'  # auto (the best one for the platform) | scan | xla | pallas_triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +142,7 @@ class TrainConfig:
   grad_dtype: str = 'float32'  # dtype in which gradients are accumulated and reduced
   remat: str = 'full'  # none | selective | full
   stack: str = 'runs'  # runs | unrolled
+  deterministic: bool = True  # False: GPU kernels may add up gradients in any order, which is faster
   loss_chunk: int = 1024  # tokens of one data rank whose logits exist at a time
   init_from: str = ''  # a finished run's folder: start from its newest parameters, step 0, empty moments
   nonfinite_budget: int = 5  # skipped steps after which the run stops
@@ -153,12 +157,12 @@ class SourceConfig:
   path: str = 'code'  # stdlib: code or prose; text, jsonl: a file, a folder or a glob; megatron: the files without .bin or
   # .idx; tfds: a prepared folder or a name
   weight: float = 1.0
+  field: str = 'text'  # jsonl, tfds: where the text (or, in tfds, the tokens) is
+  split: str = 'train'  # tfds: as in TFDS, for example train[:90%]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  field: str = 'text'  # jsonl, tfds: where the text (or, in tfds, the tokens) is
-  split: str = 'train'  # tfds: as in TFDS, for example train[:90%]
   """The blend of text sources, by weight, and how text becomes tokens."""
 
   sources: tuple[SourceConfig, ...] = (SourceConfig(),)

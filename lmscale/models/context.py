@@ -7,9 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+Axes = tuple[str | None, ...]  # a logical axis, or None, per dim
 
-def _unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+
+def _unconstrained(x: jax.Array, axes: Axes) -> jax.Array:
   return x
+
+
+def _call(op: Callable, operands: dict[str, tuple[jax.Array | None, Axes]], out_axes: tuple[Axes, ...]) -> Any:
+  return op(**{name: array for name, (array, _) in operands.items() if array is not None})
 
 
 @struct.dataclass
@@ -18,18 +24,23 @@ class Context:
 
   positions: int32 [b, t], restart at 0 in each document. segment_ids: int32 [b, t] or None, 0 = padding; required where
   documents are packed, so that attention, convolution and SSM state reset at boundaries.
-  constrain(x, logical_axes) -> x: where an activation lives on the mesh. gather(kind, params) -> params: brings one
+  constrain(x, logical_axes) -> x: where an activation lives on the mesh. local(op, {name: (array or None, logical axes)},
+  (logical axes of each result)) -> results: op(**arrays) on each device's own heads, for kernels, which the compiler cannot
+  cut; what is None is left out. gather(kind, params) -> params: brings one
   layer's parameters together where they are used (ZeRO 3). tensor: ways in which heads are cut over the mesh.
+  deterministic: kernels add up gradients in a fixed order.
   remat_attention: recompute the attention core in the backward pass (arXiv 2205.05198, selective recomputation).
   """
 
   positions: jax.Array
   segment_ids: jax.Array | None = None
-  constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = struct.field(
+  constrain: Callable[[jax.Array, Axes], jax.Array] = struct.field(
     pytree_node=False, default=_unconstrained
   )
+  local: Callable[..., Any] = struct.field(pytree_node=False, default=_call)
   gather: Callable[[str, Any], Any] | None = struct.field(pytree_node=False, default=None)
   tensor: int = struct.field(pytree_node=False, default=1)
+  deterministic: bool = struct.field(pytree_node=False, default=True)
   remat_attention: bool = struct.field(pytree_node=False, default=False)
 
 

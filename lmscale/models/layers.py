@@ -5,6 +5,7 @@ else a dict of arrays that `empty_cache` makes. aux: a dict of scalars that the 
 Projections are separate matrices, so that heads and groups are cut over the mesh without reshuffling.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lmscale.config import ModelConfig
+from lmscale.config import Mamba2Config, MambaConfig, ModelConfig
 from lmscale.kernels.attention import attention
 from lmscale.kernels.causal_conv import causal_conv
 from lmscale.kernels.selective_scan import selective_scan
@@ -32,6 +33,9 @@ from lmscale.models.params import (
 
 Cache = dict[str, jax.Array]
 RESIDUAL = ('batch', 'seq', 'embed')  # the stream between mixers; `seq` is cut under sequence parallelism
+HEADS = ('batch', 'length', 'heads')  # a number per token and head, or the channels of the heads one after another
+PER_HEAD = ('batch', 'length', 'heads', None)  # a vector per token and head
+TOKENS = ('batch', 'length')
 MIXER_INPUT = ('batch', 'length', 'embed')  # inside a mixer every device sees the whole sequence
 
 
@@ -75,21 +79,22 @@ class Attention(Layer):
     q = self.linear('q', h_BTD, c.heads * c.head_dim, ('embed', 'heads'), init)
     k = self.linear('k', h_BTD, c.kv_heads * c.head_dim, ('embed', 'kv_heads'), init)
     v = self.linear('v', h_BTD, c.kv_heads * c.head_dim, ('embed', 'kv_heads'), init)
-    q_BTHP = ctx.constrain(q.reshape(b, t, c.heads, c.head_dim), ('batch', 'length', 'heads', None))
+    q_BTHP = ctx.constrain(q.reshape(b, t, c.heads, c.head_dim), PER_HEAD)
     k_BTGP = k.reshape(b, t, c.kv_heads, c.head_dim)
     v_BTGP = v.reshape(b, t, c.kv_heads, c.head_dim)
     if config.positions == 'rope':
       q_BTHP = rope(q_BTHP, ctx.positions, config.rope_fraction, config.rope_base)
       k_BTGP = rope(k_BTGP, ctx.positions, config.rope_fraction, config.rope_base)
+    where = {'segments': (ctx.segment_ids, TOKENS)}
+    if cache is not None:
+      k_BTGP, v_BTGP = _write(cache['k'], k_BTGP, ctx.positions), _write(cache['v'], v_BTGP, ctx.positions)
+      cache = {'k': k_BTGP, 'v': v_BTGP}
+      where = {'positions': (ctx.positions, TOKENS)}
     k_BTGP, v_BTGP = cut_groups(k_BTGP, ctx), cut_groups(v_BTGP, ctx)
-    if cache is None:
-      core = jax.checkpoint(_packed_attention) if ctx.remat_attention else _packed_attention
-      y_BTHP = core(q_BTHP, k_BTGP, v_BTGP, ctx.segment_ids)
-    else:
-      cache = {'k': _write(cache['k'], k_BTGP, ctx.positions), 'v': _write(cache['v'], v_BTGP, ctx.positions)}
-      slots = jnp.broadcast_to(jnp.arange(cache['k'].shape[1], dtype=jnp.int32), cache['k'].shape[:2])
-      y_BTHP = attention(q_BTHP, cache['k'], cache['v'], q_positions=ctx.positions, k_positions=slots)
-    y = ctx.constrain(y_BTHP, ('batch', 'length', 'heads', None)).reshape(b, t, c.heads * c.head_dim)
+    core = jax.checkpoint(_attend) if ctx.remat_attention else _attend
+    operands = {'q': (q_BTHP, PER_HEAD), 'k': (k_BTGP, PER_HEAD), 'v': (v_BTGP, PER_HEAD), **where}
+    (y_BTHP,) = ctx.local(core, operands, (PER_HEAD,))
+    y = ctx.constrain(y_BTHP, PER_HEAD).reshape(b, t, c.heads * c.head_dim)
     return self.linear('out', y, config.d_model, ('heads', 'embed'), normal(self.output_std())), cache
 
 
@@ -136,23 +141,24 @@ class Mamba2(Layer):
     dt_bias = weight(self, 'dt_bias', (c.heads,), ('heads',), inverse_softplus_dt(), full_precision=True)
     a_log = weight(self, 'A_log', (c.heads,), ('heads',), log_uniform_a(1.0, 16.0), full_precision=True)
     skip = weight(self, 'D', (c.heads,), ('heads',), constant(1.0), full_precision=True)
-    x_BTHP = ctx.constrain(conv['x'].reshape(b, t, c.heads, c.head_dim), ('batch', 'length', 'heads', None))
+    x_BTHP = ctx.constrain(conv['x'].reshape(b, t, c.heads, c.head_dim), PER_HEAD)
     dt_BTH = jax.nn.softplus((h_BTD @ kernels['dt']).astype(acc) + dt_bias.astype(acc))
-    y_BTHP, new_cache['state'] = ssd(
-      x_BTHP,
-      ctx.constrain(dt_BTH, ('batch', 'length', 'heads')),
-      -jnp.exp(a_log.astype(acc)),
-      cut_groups(conv['B'].reshape(b, t, c.groups, c.state), ctx),
-      cut_groups(conv['C'].reshape(b, t, c.groups, c.state), ctx),
-      D=skip.astype(acc),
-      initial_state=None if cache is None else cache['state'],
-      segment_ids=ctx.segment_ids,
-      chunk=c.chunk,
-    )
+    operands = {
+      'x': (x_BTHP, PER_HEAD),
+      'dt': (ctx.constrain(dt_BTH, HEADS), HEADS),
+      'A': (-jnp.exp(a_log.astype(acc)), ('heads',)),
+      'B': (cut_groups(conv['B'].reshape(b, t, c.groups, c.state), ctx), PER_HEAD),
+      'C': (cut_groups(conv['C'].reshape(b, t, c.groups, c.state), ctx), PER_HEAD),
+      'D': (skip.astype(acc), ('heads',)),
+      'initial_state': (None if cache is None else cache['state'], ('batch', 'heads', None, None)),
+      'segment_ids': (ctx.segment_ids, TOKENS),
+    }
+    op = functools.partial(ssd, **_options(c), deterministic=ctx.deterministic)
+    y_BTHP, new_cache['state'] = ctx.local(op, operands, (PER_HEAD, ('batch', 'heads', None, None)))
     scale = weight(self, 'gate_norm_scale', (inner,), ('heads',), constant(1.0), full_precision=True)
     z_BTHP = (h_BTD @ kernels['z']).reshape(b, t, c.heads, c.head_dim)
     y_BTHP = gated_group_norm(y_BTHP, z_BTHP, scale.reshape(c.heads, c.head_dim), c.groups, config.norm_eps, ctx)
-    y = ctx.constrain(y_BTHP, ('batch', 'length', 'heads', None)).reshape(b, t, inner)
+    y = ctx.constrain(y_BTHP, PER_HEAD).reshape(b, t, inner)
     out = y @ weight(self, 'out_kernel', (inner, d), ('heads', 'embed'), normal(self.output_std()))
     return out, None if cache is None else new_cache
 
@@ -195,19 +201,21 @@ class Mamba(Layer):
     a_log = weight(self, 'A_log', (c.d_inner, c.state), ('heads', None), s4d_real_a, full_precision=True)
     skip = weight(self, 'D', (c.d_inner,), ('heads',), constant(1.0), full_precision=True)
     dt_BTE = jax.nn.softplus((dt_BTR @ dt_kernel).astype(acc) + dt_bias.astype(acc))
-    y_BTE, state = selective_scan(
-      ctx.constrain(x_BTE, ('batch', 'length', 'heads')),
-      ctx.constrain(dt_BTE, ('batch', 'length', 'heads')),
-      -jnp.exp(a_log.astype(acc)),
-      b_BTN,
-      c_BTN,
-      D=skip.astype(acc),
-      z=z_BTE,
-      initial_state=None if cache is None else cache['state'],
-      segment_ids=ctx.segment_ids,
-      chunk=c.chunk,
-    )
-    y_BTE = ctx.constrain(y_BTE, ('batch', 'length', 'heads'))
+    operands = {
+      'x': (ctx.constrain(x_BTE, HEADS), HEADS),
+      'dt': (ctx.constrain(dt_BTE, HEADS), HEADS),
+      'A': (-jnp.exp(a_log.astype(acc)), ('heads', None)),
+      # Every device reads all of B and C; their gradients, sums over its channels, are added over the mesh in acc.
+      'B': (b_BTN.astype(acc), ('batch', 'length', None)),
+      'C': (c_BTN.astype(acc), ('batch', 'length', None)),
+      'D': (skip.astype(acc), ('heads',)),
+      'z': (z_BTE, HEADS),
+      'initial_state': (None if cache is None else cache['state'], ('batch', 'heads', None)),
+      'segment_ids': (ctx.segment_ids, TOKENS),
+    }
+    op = functools.partial(selective_scan, chunk=c.chunk or 32)
+    y_BTE, state = ctx.local(op, operands, (HEADS, ('batch', 'heads', None)))
+    y_BTE = ctx.constrain(y_BTE, HEADS)
     init = fan_in_uniform(c.d_inner, 1 / math.sqrt(len(config.layers)))
     out = y_BTE @ weight(self, 'out_kernel', (c.d_inner, d), ('heads', 'embed'), init)
     return out, None if cache is None else {'window': window, 'state': state}
@@ -264,11 +272,26 @@ def cut_groups(x_BTGN: jax.Array, ctx: Context) -> jax.Array:
   repeats = math.lcm(groups, ctx.tensor) // groups
   if repeats > 1:
     x_BTGN = jnp.repeat(x_BTGN, repeats, axis=2)
-  return ctx.constrain(x_BTGN, ('batch', 'length', 'heads', None))
+  return ctx.constrain(x_BTGN, PER_HEAD)
 
 
-def _packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-  return attention(q, k, v, q_segments=segment_ids, k_segments=segment_ids)
+def _options(c: Mamba2Config | MambaConfig) -> dict[str, Any]:
+  """The kernel arguments that a config names; what it leaves open the kernel chooses."""
+  return {'chunk': c.chunk or None, 'implementation': _named(c.implementation)}
+
+
+def _named(implementation: str) -> str | None:
+  return None if implementation == 'auto' else implementation
+
+
+def _attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, positions: jax.Array | None = None
+) -> tuple[jax.Array]:
+  """Attention of tokens to one another, or with `positions` [b, t] to the slots 0..s-1 of a cache."""
+  if positions is None:
+    return (attention(q, k, v, q_segments=segments, k_segments=segments),)
+  slots = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
+  return (attention(q, k, v, q_positions=positions, k_positions=slots),)
 
 
 def _write(cache_BSGP: jax.Array, new_BTGP: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -1,11 +1,13 @@
 """The one table that says where each logical axis lives on the mesh."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 from lmscale.config import Config
+from lmscale.models.context import Axes
 from lmscale.parallel.mesh import MANUAL
 
 Rules = dict[str, str | None]
@@ -35,7 +37,7 @@ def make_rules(config: Config) -> Rules:
   }
 
 
-def partition(axes: tuple[str | None, ...], rules: Rules, drop: tuple[str, ...] = ()) -> PartitionSpec:
+def partition(axes: Axes, rules: Rules, drop: tuple[str, ...] = ()) -> PartitionSpec:
   """The PartitionSpec of an array with these logical axes; mesh axes in `drop` are left out.
 
   Raises ValueError where an axis has no rule or two dims would use one mesh axis.
@@ -50,8 +52,26 @@ def partition(axes: tuple[str | None, ...], rules: Rules, drop: tuple[str, ...] 
   return PartitionSpec(*(None if axis in drop else axis for axis in mesh_axes))
 
 
-def make_constrain(config: Config, rules: Rules) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+def make_constrain(config: Config, rules: Rules) -> Callable[[jax.Array, Axes], jax.Array]:
   """The `Context.constrain` hook inside the step, where the manual axes are already local."""
   if config.mesh.tensor == 1:
     return lambda x, axes: x
   return lambda x, axes: jax.lax.with_sharding_constraint(x, partition(axes, rules, drop=MANUAL))
+
+
+def make_local(config: Config, rules: Rules) -> Callable[..., Any]:
+  """The `Context.local` hook inside the step: a shard_map over `tensor`, nested in the step's."""
+
+  def local(op: Callable, operands: dict[str, tuple[jax.Array | None, Axes]], out_axes: tuple[Axes, ...]) -> Any:
+    operands = {name: operand for name, operand in operands.items() if operand[0] is not None}
+    arrays = {name: array for name, (array, _) in operands.items()}
+    if config.mesh.tensor == 1:
+      return op(**arrays)
+    in_specs = {name: partition(axes, rules, drop=MANUAL) for name, (_, axes) in operands.items()}
+    out_specs = tuple(partition(axes, rules, drop=MANUAL) for axes in out_axes)
+    mapped = jax.shard_map(
+      lambda arrays: op(**arrays), in_specs=(in_specs,), out_specs=out_specs, axis_names={'tensor'}, check_vma=False
+    )
+    return mapped(arrays)
+
+  return local

@@ -15,6 +15,7 @@ The selective scan of Mamba-1 has no matrix form: 9 elementwise FLOPs per channe
 from lmscale.config import ModelConfig
 from lmscale.pattern import LAYER_KINDS
 
+CHUNK = 64  # of the SSD where the config leaves it to the kernel
 SCAN_FLOPS = 9  # of Mamba-1's recurrence, per token, channel and state: exp's argument, decay, input, output
 
 
@@ -51,7 +52,7 @@ def _attention(model: ModelConfig, seq_len: int, causal: bool) -> int:
 
 def _mamba2(model: ModelConfig, seq_len: int) -> int:
   c = model.mamba2
-  inner, grouped, q = c.heads * c.head_dim, c.groups * c.state, min(c.chunk, seq_len)
+  inner, grouped, q = c.heads * c.head_dim, c.groups * c.state, min(c.chunk or CHUNK, seq_len)
   projections = 2 * model.d_model * (3 * inner + 2 * grouped + c.heads)
   convolutions = 2 * c.conv * (inner + 2 * grouped)
   ssd = 2 * q * grouped + 2 * q * inner + 4 * c.state * inner

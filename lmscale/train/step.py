@@ -24,7 +24,7 @@ from lmscale.models.context import Context
 from lmscale.parallel import zero
 from lmscale.parallel.layout import make_layout, map_layout
 from lmscale.parallel.mesh import MANUAL
-from lmscale.parallel.rules import make_constrain, make_rules
+from lmscale.parallel.rules import make_constrain, make_local, make_rules
 from lmscale.train.optimizer import apply_update, decays, global_norm, make_optimizer
 from lmscale.train.state import TrainState
 
@@ -130,7 +130,9 @@ def make_evaluate(plan: Plan) -> Callable[[Any, Batch], tuple[jax.Array, jax.Arr
 def make_loss(plan: Plan, differentiated: bool) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
   """(compute copy or ZeRO-3 shards, microbatch [rows, seq_len]) -> (summed loss, counted labels) of this data rank."""
   config = plan.config
-  constrain = make_constrain(config, make_rules(config))
+  rules = make_rules(config)
+  constrain = make_constrain(config, rules)
+  local = make_local(config, rules)
   remat = config.train.remat if differentiated else 'none'
   outer = {part: leaves for part, leaves in plan.layout.items() if part != 'layers'}
 
@@ -146,8 +148,10 @@ def make_loss(plan: Plan, differentiated: bool) -> Callable[[Any, Batch], tuple[
       positions=microbatch['positions'],
       segment_ids=microbatch['segment_ids'],
       constrain=constrain,
+      local=local,
       gather=(lambda kind, p: gather(layer_layout[kind], p)) if stage3 else None,
       tensor=config.mesh.tensor,
+      deterministic=config.train.deterministic,
       remat_attention=remat == 'selective',
     )
     if stage3:

@@ -4,6 +4,8 @@
   environment.json   versions and hardware as last run
   lock               held while a process runs here
   metrics.jsonl, tensorboard/, samples.txt, loss.svg, checkpoints/
+
+Of a run's processes the first holds the lock and writes; the others look that they see the same folder.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from typing import Any, Self
 
 import jax
@@ -25,23 +28,27 @@ import jax
 from lmscale import config as config_lib
 from lmscale.config import Config
 from lmscale.errors import ConfigError
+from lmscale.parallel import distributed
 from lmscale.ramp import run_tokens
 
 PACKAGES = (
   'lmscale', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tensorflow-datasets', 'array_record',
 )  # fmt: skip
 
+VISIBLE = 30.0  # seconds until a new folder is seen by other hosts
+
 # A resumed run may change how and for how long it runs, not what it computes. Fields not named here may not change.
 MAY_CHANGE = (
   'name', 'emulate', 'mesh.', 'loop.', 'data.cache', 'train.steps', 'train.microbatch', 'train.remat', 'train.stack',
-  'train.loss_chunk', 'train.nonfinite_budget',
+  'train.loss_chunk', 'train.nonfinite_budget', 'train.deterministic', 'model.attention.implementation',
+  'model.mamba2.implementation', 'model.mamba2.chunk', 'model.mamba.implementation', 'model.mamba.chunk',
 )  # fmt: skip
 
 
 class Workdir:
   """An open, locked run folder; a context manager. `path` is absolute."""
 
-  def __init__(self, path: pathlib.Path, lock: int):
+  def __init__(self, path: pathlib.Path, lock: int | None = None):
     self.path = path
     self.checkpoints = path / 'checkpoints'
     self._lock = lock
@@ -53,8 +60,9 @@ class Workdir:
     self.close()
 
   def close(self) -> None:
-    """Lets another process use the folder."""
-    os.close(self._lock)
+    """Lets another run use the folder."""
+    if self._lock is not None:
+      os.close(self._lock)
 
 
 def open_workdir(folder: str | os.PathLike, config: Config) -> Workdir:
@@ -63,9 +71,13 @@ def open_workdir(folder: str | os.PathLike, config: Config) -> Workdir:
   The config is compared once there is a checkpoint to lose.
 
   Raises:
-    ConfigError: the folder cannot be made or is in use, or the config changes what an earlier run there computed.
+    ConfigError: the folder cannot be made or is in use, the config changes what an earlier run there computed, or a
+      process of the run does not see the folder.
   """
   path = pathlib.Path(folder).expanduser().absolute()
+  if not distributed.is_first():
+    _look(path, distributed.share('owner', None))
+    return Workdir(path)
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
@@ -78,6 +90,7 @@ def open_workdir(folder: str | os.PathLike, config: Config) -> Workdir:
       check_resume(_read_config(saved), config, path)
     write_atomic(saved, json.dumps(config_lib.to_dict(config), indent=2) + '\n')
     write_atomic(path / 'environment.json', json.dumps(environment(), indent=2) + '\n')
+    distributed.share('owner', (path / 'lock').read_text())
   except BaseException:
     workdir.close()
     raise
@@ -162,6 +175,19 @@ def _lock(path: pathlib.Path) -> int:
   os.ftruncate(handle, 0)
   os.write(handle, f'{os.getpid()} on {socket.gethostname()}\n'.encode())
   return handle
+
+
+def _look(path: pathlib.Path, owner: str) -> None:
+  """Raises ConfigError unless the folder that `owner` has locked is seen here within some seconds."""
+  deadline = time.monotonic() + VISIBLE
+  while time.monotonic() < deadline:
+    if (path / 'lock').is_file() and (path / 'lock').read_text() == owner:
+      return
+    time.sleep(0.1)
+  raise ConfigError(
+    f'workdir {path}: on {socket.gethostname()} it is not the folder that process {owner.strip()} writes; '
+    'give a --workdir on storage that all processes share'
+  )
 
 
 def _read_config(path: pathlib.Path) -> Config:

@@ -16,7 +16,7 @@ from lmscale.models import model, stack
 from lmscale.models.context import Context
 from lmscale.parallel.collectives import read_collectives
 from lmscale.parallel.mesh import make_mesh
-from lmscale.parallel.rules import make_constrain, make_rules, partition
+from lmscale.parallel.rules import make_constrain, make_local, make_rules, partition
 from lmscale.train.program import Program
 
 
@@ -134,7 +134,7 @@ def test_one_reduction_per_mixer(kind, tensor, sequence_parallel):
   ids = jax.ShapeDtypeStruct((2, 16), jnp.int32, sharding=whole)
 
   def layer(params, x, positions, segment_ids):
-    ctx = Context(positions, segment_ids, constrain=make_constrain(config, rules), tensor=tensor)
+    ctx = Context(positions, segment_ids, constrain=make_constrain(config, rules), local=make_local(config, rules), tensor=tensor)
     return stack.apply_layer(config.model, kind, params, x, ctx, None)[0]
 
   mapped = jax.shard_map(layer, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={'pipe', 'data'}, check_vma=False)
