@@ -17,7 +17,7 @@ from lmscale.config import Config
 from lmscale.generate.sample import make_generate
 from lmscale.models import model, stack
 from lmscale.parallel.layout import make_layout, map_layout
-from lmscale.parallel.mesh import make_mesh
+from lmscale.parallel.mesh import MANUAL, make_mesh
 from lmscale.parallel.rules import make_rules
 from lmscale.train.schedule import StepPlan
 from lmscale.train.state import TrainState
@@ -80,7 +80,7 @@ class Program:
   def batch(self, plan: StepPlan, loader: Rows) -> dict[str, jax.Array]:
     """The device batch of a step; a process reads only the rows that its devices hold."""
     arrays = self._put(loader, plan.first_sample, plan.batch, self.config.train.batch // self.rows_per_microbatch)
-    arrays['learning_rate'] = jax.device_put(np.float32(plan.learning_rate), self._whole)
+    arrays['learning_rate'] = self._scalar(np.float32(plan.learning_rate))
     return arrays
 
   def evaluate(self, state: TrainState, loader: Rows, samples: int) -> tuple[float, int]:
@@ -192,8 +192,12 @@ class Program:
       for name in ROWS
     }
     used = -(-rows // per)
-    arrays['microbatches'] = jax.device_put(np.int32(used), self._whole)
+    arrays['microbatches'] = self._scalar(np.int32(used))
     return arrays
+
+  def _scalar(self, value: np.generic) -> jax.Array:
+    """On every device. `device_put` would compare the processes' values, in a collective."""
+    return jax.make_array_from_callback((), self._whole, lambda _: np.asarray(value))
 
   def _local_rows(self, per: int, rows: int) -> list[range]:
     """The rows of a batch that this process's devices hold, as ranges."""
@@ -206,4 +210,10 @@ class Program:
 
   @functools.cache  # noqa: B019 (a program lives as long as its run)
   def _generate(self, prompt: int, steps: int, temperature: float) -> Any:
-    return jax.jit(make_generate(self.config, self._plan.runs, self._plan.dtype, prompt, steps, temperature))
+    generate = make_generate(self.config, self._plan.runs, self._plan.dtype, prompt, steps, temperature)
+    whole = PartitionSpec()
+    return jax.jit(
+      jax.shard_map(
+        generate, mesh=self.mesh, in_specs=whole, out_specs=whole, axis_names=set(MANUAL), check_vma=False
+      )
+    )
