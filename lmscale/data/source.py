@@ -8,7 +8,7 @@ from lmscale.data.stdlib import StdlibSource
 from lmscale.data.text import JsonlSource, TextSource
 from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
-from lmscale.validate import SOURCE_KINDS
+from lmscale.validate import FIELD_KINDS, SOURCE_KINDS
 
 
 def open_store(source: config_lib.SourceConfig, tokenizer: Tokenizer, cache: pathlib.Path) -> cache_lib.TokenStore:
@@ -31,3 +31,13 @@ def open_source(source: config_lib.SourceConfig, cache: pathlib.Path) -> cache_l
     from lmscale.data.tfds_source import TfdsSource  # imported where used: TFDS takes a second
     return TfdsSource(source.path, source.split, source.field, cache)
   raise ConfigError(f'data source kind {source.kind!r}: unknown; known: {", ".join(SOURCE_KINDS)}')
+
+
+def parse(text: str, field: str = 'text', split: str = 'train') -> config_lib.SourceConfig:
+  """The source that a command line names as KIND:PATH, for example `jsonl:books/*.jsonl.gz`. ConfigError if it is none."""
+  kind, colon, path = text.partition(':')
+  known = [name for name in SOURCE_KINDS if name != 'megatron']
+  if not colon or kind not in known or not path:
+    raise ConfigError(f'{text!r} is no source; write KIND:PATH with a kind of {", ".join(known)}')
+  return config_lib.SourceConfig(text, kind, path, 1.0, field if kind in FIELD_KINDS else 'text',
+                                 split if kind == 'tfds' else 'train')
