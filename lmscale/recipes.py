@@ -122,9 +122,10 @@ def _run_recipe(path: pathlib.Path, argument: str | None) -> dict[str, Any]:
 
 
 def _recipe_error(path: pathlib.Path, error: Exception) -> ConfigError:
-  if isinstance(error, SyntaxError) and error.filename == str(path):
+  file = str(path.absolute())  # as importlib names it
+  if isinstance(error, SyntaxError) and error.filename in (file, str(path)):
     return ConfigError(f'{path}:{error.lineno}: {_one_line(error)}')
-  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename in (file, str(path))]
   where = f'{path}:{lines[-1]}' if lines else str(path)
   return ConfigError(f'{where}: {_one_line(error)}')
 
