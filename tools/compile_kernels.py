@@ -4,8 +4,9 @@
   python tools/compile_kernels.py 'ssd pallas_triton'      the cases whose name starts so; --shape=8b-b1, --json=FILE
 
 Registers, spills and shared memory are those of the machine code, as ptxas reports them; temporary memory is what XLA
-allocates beside arguments and results; a launch within a loop counts once. Nothing runs, so nothing here is a time on a GPU. The exit code is 1 if a
-kernel does not compile or is outside BOUNDS, and 2 if the CUDA compiler is not installed (the message says how).
+allocates beside arguments and results; a launch within a loop counts once. Nothing runs, so nothing here is a time on
+a GPU. The exit code is 1 if a kernel does not compile or is outside BOUNDS, and 2 if the CUDA compiler is not
+installed (the message says how).
 
 A new kernel is a line in CASES; one that may spill or serialise needs a line in BOUNDS that says how much.
 """
@@ -91,13 +92,18 @@ def bound_of(kernel: str, bounds: dict[str, Bound]) -> Bound:
 def _ssd(shape, implementation, gradient=False, packed=False):
   import jax.numpy as jnp
 
-  from lmscale.kernels.ssd import ssd
+  from lmscale.kernels import segments
+  from lmscale.kernels.ssd import pallas_mosaic, ssd
 
   h, p, n, g, l, b = shape
   x, B, dt = ((b, l, h, p), jnp.bfloat16), ((b, l, g, n), jnp.bfloat16), ((b, l, h), jnp.float32)
   head, ids = ((h,), jnp.float32), ((b, l), jnp.int32)
 
   def forward(x, dt, A, B, C, D, segment_ids):
+    if implementation == 'pallas_mosaic':  # `ssd` refuses it until its numerics were checked on a GPU.
+      state = jnp.zeros((b, h, p, n), jnp.float32)
+      document = None if segment_ids is None else segments.documents(segment_ids)[0]
+      return pallas_mosaic.ssd_pallas_mosaic(x, dt, A, B, C, D, state, document, 64)
     return ssd(x, dt, A, B, C, D=D, segment_ids=segment_ids, implementation=implementation)
 
   return _maybe_gradient(forward, gradient), (x, dt, head, B, B, head, ids if packed else None)
@@ -158,7 +164,7 @@ def _maybe_gradient(forward, gradient):
 
 def _cases() -> dict[str, Callable]:
   cases = {}
-  for name in ('xla', 'pallas_triton'):
+  for name in ('xla', 'pallas_triton', 'pallas_mosaic'):
     cases[f'ssd {name} forward'] = functools.partial(_ssd, implementation=name)
     cases[f'ssd {name} gradient'] = functools.partial(_ssd, implementation=name, gradient=True)
     cases[f'ssd {name} gradient, packed'] = functools.partial(_ssd, implementation=name, gradient=True, packed=True)
