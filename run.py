@@ -33,6 +33,7 @@ if typing.TYPE_CHECKING:
 JOBS = ('train', 'plan')
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'quickstart.py'
 USER_ERROR = 2
+UNPRINTABLE = r'[^\x20-\x7e\xa0-\U0010ffff]'
 INTERRUPTED = 130
 NEXT = """what to try next:
   look at the curve              {workdir}/loss.svg
@@ -153,7 +154,7 @@ def _user_error(error: Exception, argv: Sequence[str]) -> int:
   if '--debug' in argv:
     traceback.print_exc()
   text = '; '.join(filter(None, map(str.strip, str(error).splitlines()))).replace(':; ', ': ')
-  print('error: ' + re.sub(r'[^\x20-\x7e\xa0-\U0010ffff]', '?', text), file=sys.stderr)
+  print('error: ' + re.sub(UNPRINTABLE, '?', text), file=sys.stderr)
   return USER_ERROR
 
 
@@ -264,12 +265,17 @@ def count_devices(config: Config) -> int:
     raise ConfigError(f'JAX finds no device: {error}') from error
 
 
+class PlainWarnings(logging.Handler):
+  """Shows warnings of our own modules as lines on standard error, without the module in capitals."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    print('warning: ' + re.sub(UNPRINTABLE, '?', record.getMessage()), file=sys.stderr)
+
+
 def plain_warnings() -> None:
-  """Warnings of our own modules are lines on standard error without level and module in capitals."""
-  handler = logging.StreamHandler()
-  handler.setFormatter(logging.Formatter('warning: %(message)s'))
+  """Takes our own modules' warnings away from other packages' handlers."""
   logger = logging.getLogger('lmscale')
-  logger.addHandler(handler)
+  logger.addHandler(PlainWarnings())
   logger.propagate = False
 
 

@@ -92,6 +92,8 @@ def _begin(
 def initial_checkpoints(folder: str) -> pathlib.Path:
   """Where the run that train.init_from names keeps its checkpoints. Raises ConfigError where it has none."""
   path = pathlib.Path(folder).expanduser() / 'checkpoints'
+  if path.parent.is_file():
+    raise ConfigError(f'train.init_from: {folder} is a file; give the folder of a run (a pickle, .pt or .bin is never read)')
   if not path.is_dir():
     raise ConfigError(f'train.init_from: {folder} has no checkpoints; give the folder of a run that saved one')
   return path

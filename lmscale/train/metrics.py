@@ -57,8 +57,11 @@ class MetricsWriter:
     self._events.add_text('sample', text, step)
 
   def flush(self) -> None:
-    """Every line so far is on disk when this returns."""
-    _sync(self._file)
+    """Every line so far is on disk when this returns. Raises OSError, with the file's name, where there is no room."""
+    try:
+      _sync(self._file)
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, str(self._path)) from error
     self._events.flush()
 
   def close(self) -> None:
