@@ -5,8 +5,13 @@
   python run.py --config=configs/megatron_gpt.py:size=1t --job=plan --config.mesh.data=6
   python run.py --config=runs/quickstart/config.json --workdir=runs/again
 
-The same command with the same --workdir resumes. Exit codes: 0 done, 75 interrupted and saved, 3 stopped on non-finite
-steps, 130 interrupted and not saved. A mistake in a flag or a config is one line on stderr and exit code 2.
+The same command with the same --workdir resumes. Several processes make one run: see docs/clusters.md. Exit codes:
+
+  0    done
+  75   run the same command again: interrupted and saved, or another process of the run is gone
+  3    stopped on non-finite steps
+  130  interrupted and not saved
+  2    a mistake in a flag, a config or the data, one line on stderr; starting again does not help
 """
 
 import argparse
@@ -24,6 +29,8 @@ from collections.abc import Sequence
 
 from lmscale import recipes
 from lmscale.config import Config, ConfigError
+from lmscale.parallel import distributed
+from lmscale.parallel.cluster import find_cluster
 from lmscale.plan.advice import is_out_of_memory, memory_advice
 from lmscale.validate import check_mesh, fill_data, resolve_mesh
 
@@ -79,6 +86,16 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--workdir', metavar='FOLDER', default='', help='where a run is kept; default: runs/<name of the config>'
   )
+  parser.add_argument('--coordinator', metavar='HOST:PORT', help='several processes: where process 0 listens')
+  parser.add_argument('--processes', type=int, metavar='N', help='several processes: how many')
+  parser.add_argument('--process', type=int, metavar='I', help='several processes: which one this is, from 0')
+  parser.add_argument(
+    '--wait',
+    type=float,
+    default=distributed.WAIT,
+    metavar='SECONDS',
+    help='several processes: how much later than each other they may start; default: %(default).0f',
+  )
   parser.add_argument('--json', action='store_true', help='with --job=plan: print JSON')
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   return parser
@@ -114,8 +131,19 @@ def _unknown_argument(word: str, parser: argparse.ArgumentParser) -> ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one job; returns the exit code."""
+  """Runs one job; returns the exit code, which is that of all processes of the run."""
   argv = sys.argv[1:] if argv is None else argv
+  try:
+    code = _run_job(argv)
+  except Exception:
+    if distributed.peers() is None:
+      raise
+    print(f'error: {distributed.who()}{traceback.format_exc()}', file=sys.stderr)
+    code = 1
+  return distributed.finish(code)
+
+
+def _run_job(argv: Sequence[str]) -> int:
   config = None
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, 'reconfigure'):  # a path may hold characters that the terminal's encoding does not have
@@ -125,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = recipes.load(flags.config, overrides)
     if flags.job == 'plan':
       return plan_job(config, flags.json)
-    return train_job(config, flags.workdir or f'runs/{config.name}')
+    distributed.start(find_cluster(vars(flags), os.environ), flags.wait, tpu=not config.emulate)
+    with distributed.watching():
+      return train_job(config, flags.workdir or f'runs/{config.name}')
   except ConfigError as error:
     return _user_error(error, argv)
   except KeyboardInterrupt:
@@ -154,7 +184,7 @@ def _user_error(error: Exception, argv: Sequence[str]) -> int:
   if '--debug' in argv:
     traceback.print_exc()
   text = '; '.join(filter(None, map(str.strip, str(error).splitlines()))).replace(':; ', ': ')
-  print('error: ' + re.sub(UNPRINTABLE, '?', text), file=sys.stderr)
+  print(f'error: {distributed.who()}' + re.sub(UNPRINTABLE, '?', text), file=sys.stderr)
   return USER_ERROR
 
 
@@ -193,13 +223,14 @@ def train_job(config: Config, folder: str) -> int:
   if config.train.init_from and not (pathlib.Path(folder).expanduser() / 'checkpoints').is_dir():
     loop.initial_checkpoints(config.train.init_from)
   report = make_report(mesh_config)
-  print(format_report(report))
-  print(f'peak              {describe_peak(jax.devices()[0].device_kind, config.train.compute_dtype, jax.device_count())}')
+  say(format_report(report))
+  say(f'peak              {describe_peak(jax.devices()[0].device_kind, config.train.compute_dtype, jax.device_count())}')
   loader = Loader(mesh_config)
   held_out = Loader(mesh_config, 'validation') if config.loop.eval_every else None
-  print(format_data(loader, report['tokens'] // config.train.seq_len), flush=True)
+  say(format_data(loader, report['tokens'] // config.train.seq_len))
   with open_workdir(folder, config) as workdir:
-    print(f'workdir           {workdir.path}', flush=True)
+    say(f'workdir           {workdir.path}')
+    distributed.wait_for_all('ready')  # data may take one process much longer than another; collectives do not wait so long
     code = loop.train(
       mesh_config,
       Program(mesh_config),
@@ -208,11 +239,17 @@ def train_job(config: Config, folder: str) -> int:
       workdir,
       report['flops_per_token'],
       loader.tokenizer,
-      reference=loader.order1_entropy() if loader.vocab <= SMALL_VOCABULARY else None,
+      reference=loader.order1_entropy() if loader.vocab <= SMALL_VOCABULARY and distributed.is_first() else None,
     )
   if code == loop.DONE:
-    print(NEXT.format(workdir=workdir.path), file=sys.stderr)
+    say(NEXT.format(workdir=workdir.path), file=sys.stderr)
   return code
+
+
+def say(text: str, file: typing.TextIO | None = None) -> None:
+  """Prints, in one of the run's processes."""
+  if distributed.is_first():
+    print(text, file=file, flush=True)
 
 
 def check_folder(folder: pathlib.Path) -> None:
@@ -249,8 +286,13 @@ def format_data(loader: 'Loader', samples: int) -> str:
 
 
 def count_devices(config: Config) -> int:
-  """The number of devices, after JAX is set up: float64 and emulated CPU devices where the config asks for them."""
+  """The number of devices of all processes, after JAX is set up: float64 and emulated CPU devices where the config asks
+  for them, shared out among the processes."""
   import jax
+
+  processes = distributed.count()
+  if config.emulate % processes:
+    raise ConfigError(f'emulate: {config.emulate} devices cannot be shared equally by {processes} processes')
 
   if config.train.compute_dtype == 'float64':
     jax.config.update('jax_enable_x64', True)
@@ -258,7 +300,7 @@ def count_devices(config: Config) -> int:
     jax.config.update('jax_platforms', 'cpu')
     # A process that already runs on devices cannot change their number: the mesh check tells.
     with contextlib.suppress(RuntimeError):
-      jax.config.update('jax_num_cpu_devices', config.emulate)
+      jax.config.update('jax_num_cpu_devices', config.emulate // processes)
   try:
     return jax.device_count()
   except RuntimeError as error:

@@ -5,8 +5,13 @@ uninterrupted run would have: plans and batches are functions of the step number
 checkpoint before the checkpoint commits, and cut back to it on resume.
 
 `train` returns the process's exit code. One SIGINT or SIGTERM finishes the step, saves and ends; a second one ends at once.
+
+Of several processes each runs this same loop, in step with the others: whatever touches the state is done by all, and what
+is done next follows from the step number, the metrics or `distributed.stop_after`, which all see alike. The first alone
+prints and writes.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,6 +27,7 @@ import jax
 from lmscale.config import Config
 from lmscale.data.prefetch import prefetch
 from lmscale.errors import ConfigError
+from lmscale.parallel import distributed
 from lmscale.plan.devices import device_peak_flops
 from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.console import Console, printable, quantity
@@ -61,16 +67,21 @@ def train(
     complete = (checkpoints.latest() or 0) >= schedule.steps
     begin = (None, checkpoints.latest(), 0) if complete else _begin(config, program, loader, workdir, checkpoints)
     state, start, skipped = begin
+    first = distributed.is_first()
     with (
-      MetricsWriter(workdir.path, start) as writer,
-      Console(schedule.steps, min(start, schedule.steps), flops_per_token, peak) as console,
+      MetricsWriter(workdir.path, start) if first else contextlib.nullcontext() as writer,
+      open(os.devnull, 'w') as nowhere,
+      Console(
+        schedule.steps, min(start, schedule.steps), flops_per_token, peak, stream=None if first else nowhere
+      ) as console,
     ):
       if start:
         console.say(f'{"complete" if complete else "going on"}: {workdir.path} is at step {start} of {schedule.steps}')
       run = Run(config, program, loader, val_loader, tokenizer, schedule, checkpoints, writer, console, skipped)
       code = DONE if complete else run.steps(state, start, interrupt)
-      if code == DONE:
-        _finish(console, checkpoints, workdir, reference)
+      checkpoints.wait()
+      if code == DONE and first:
+        _finish(console, workdir, reference)
   return code
 
 
@@ -117,7 +128,7 @@ class Run:
   tokenizer: Any
   schedule: Schedule
   checkpoints: Checkpointer
-  writer: MetricsWriter
+  writer: MetricsWriter | None  # on the first process
   console: Console
   skipped: int  # steps so far
   clock: 'Clock' = dataclasses.field(default_factory=lambda: Clock())
@@ -136,7 +147,8 @@ class Run:
       if unread and not self.log(*unread):
         return NOT_FINITE
       unread = plan, metrics
-      done, stop = plan.step + 1, interrupt.requested
+      done = plan.step + 1
+      stop = distributed.stop_after(done, interrupt.requested)
       due = stop or done == self.schedule.steps or any(self.due(every, done) for every in self.intervals)
       if not due and not metrics['loss'].is_ready():
         continue
@@ -180,7 +192,7 @@ class Run:
       line |= {'skipped': self.skipped, 'first_sample': plan.first_sample, 'batch': plan.batch}
     if evaluated is not None and within_budget:
       line |= self.evaluate(evaluated, done)
-    if self.due(self.config.loop.log_every, done) or evaluated is not None or not ok:
+    if self.writer and (self.due(self.config.loop.log_every, done) or evaluated is not None or not ok):
       self.writer.write({**line, 'tokens_per_second': self.clock.interval()})
     return within_budget
 
@@ -217,12 +229,14 @@ class Run:
     prompt = [int(i) for i in self.tokenizer.encode(loop.sample_prompt)] or [self.tokenizer.end]
     tokens = self.program.generate(state, prompt, loop.sample_tokens, loop.temperature, self.config.seed + done)
     text = printable(loop.sample_prompt + self.tokenizer.decode(tokens))
-    self.writer.sample(done, text)
+    if self.writer:
+      self.writer.sample(done, text)
     self.console.say(f'step {done}: sample\n{text}\n')
 
   def save(self, state: Any, plan: StepPlan, wait: bool) -> None:
     """Starts a checkpoint; the log up to this step is on disk first."""
-    self.writer.flush()
+    if self.writer:
+      self.writer.flush()
     samples = plan.first_sample + plan.batch
     meta = {'step': plan.step + 1, 'samples': samples, 'tokens': samples * self.config.train.seq_len}
     meta |= {'skipped': self.skipped, 'data': _identity(self.loader)}
@@ -248,9 +262,8 @@ def _identity(loader: Any) -> Any:
   return json.loads(json.dumps(loader.identity))
 
 
-def _finish(console: Console, checkpoints: Checkpointer, workdir: Workdir, reference: float | None) -> None:
+def _finish(console: Console, workdir: Workdir, reference: float | None) -> None:
   """Draws the loss and says how the run went and where its files are."""
-  checkpoints.wait()
   console.end()
   lines = read_metrics(workdir.path / 'metrics.jsonl')
   plot_loss(workdir.path, reference)
