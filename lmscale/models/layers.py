@@ -213,7 +213,7 @@ class Mamba(Layer):
       'initial_state': (None if cache is None else cache['state'], ('batch', 'heads', None)),
       'segment_ids': (ctx.segment_ids, TOKENS),
     }
-    op = functools.partial(selective_scan, chunk=c.chunk or 32)
+    op = functools.partial(selective_scan, **_options(c), deterministic=ctx.deterministic)
     y_BTE, state = ctx.local(op, operands, (HEADS, ('batch', 'heads', None)))
     y_BTE = ctx.constrain(y_BTE, HEADS)
     init = fan_in_uniform(c.d_inner, 1 / math.sqrt(len(config.layers)))
