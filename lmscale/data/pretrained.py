@@ -118,7 +118,8 @@ def _hugging_face(raw: bytes) -> PretrainedTokenizer:
 
 def _sentencepiece(raw: bytes) -> PretrainedTokenizer:
   library = need('sentencepiece', 'data.tokenizer')
-  found = library.SentencePieceProcessor(model_proto=raw)
+  found = library.SentencePieceProcessor()
+  found.LoadFromSerializedProto(raw)  # unlike the constructor, this does not take empty bytes for no model at all
   end = found.eos_id()
   if end < 0:
     raise ConfigError('the model has no end-of-sentence piece (eos_id is -1)')

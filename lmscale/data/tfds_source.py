@@ -40,7 +40,7 @@ class TfdsSource:
     self.field = field
     feature = self._features().get(field)
     if feature is None:
-      raise ConfigError(f'path {path!r}: the data set has no feature {field!r} (field); it has {", ".join(self._features())}')
+      raise ConfigError(f'path {path!r}: the data set has no feature {field!r} (field); it has {", ".join(sorted(self._features()))}')
     self.is_text = isinstance(feature, tfds.features.Text)
     if not self.is_text and not (len(feature.shape or ()) == 1 and np.issubdtype(feature.np_dtype, np.integer)):
       raise ConfigError(f'path {path!r}: the feature {field!r} is neither text nor a list of integers')

@@ -1,6 +1,8 @@
+import gzip
 import json
 
 import pytest
+import zstandard
 
 from lmscale import config as config_lib
 from lmscale.data import files, text
@@ -94,3 +96,45 @@ def test_jsonl_does_not_hold_a_huge_line(tmp_path, monkeypatch):
   found, skipped = texts(text.JsonlSource(str(path)))
   assert found == [b'one', b'two']
   assert skipped == [f'{path}:2: longer than 64 bytes']
+
+
+def test_a_long_file_is_cut_after_lines(tmp_path, monkeypatch):
+  monkeypatch.setattr(text, 'MAX_TEXT', 16)
+  monkeypatch.setattr(files, 'BLOCK', 5)
+  raw = b'\xef\xbb\xbfone\ntwo\nthree\nfour and five and six\n' + 'ü'.encode() * 20
+  (tmp_path / 'a.txt').write_bytes(raw)
+  found, _ = texts(text.TextSource(str(tmp_path)))
+  assert b''.join(found) == raw.removeprefix(b'\xef\xbb\xbf')
+  assert found[0] == b'one\ntwo\n' and max(map(len, found)) <= 16
+  assert all(len(piece.decode()) for piece in found)  # no character is cut
+  (tmp_path / 'a.txt').write_bytes(b'\x80' * 40)
+  assert texts(text.TextSource(str(tmp_path)))[0] == ['\ufffd'.encode() * n for n in (16, 16, 8)]
+  (tmp_path / 'a.txt').write_bytes(b'sixteen letters.')
+  assert texts(text.TextSource(str(tmp_path)))[0] == [b'sixteen letters.']
+
+
+def test_archives_give_the_documents_of_their_text(tmp_path):
+  lines = b'{"text": "one"}\nbroken\n{"text": "two"}'
+  for name, raw in (('a.jsonl', lines), ('b.jsonl.gz', gzip.compress(lines)),
+                    ('c.jsonl.zst', zstandard.ZstdCompressor().compress(lines)), ('d.txt.gz', gzip.compress(b'three'))):
+    (tmp_path / name).write_bytes(raw)
+  found, skipped = texts(text.JsonlSource(str(tmp_path)))
+  assert found == [b'one', b'two'] * 3 and [line.rpartition(': ')[0] for line in skipped] == [
+    f'{tmp_path / name}:2: broken JSON (Expecting value)'.rpartition(': ')[0]
+    for name in ('a.jsonl', 'b.jsonl.gz', 'c.jsonl.zst')]
+  assert texts(text.TextSource(str(tmp_path)))[0] == [b'three']
+
+
+def test_a_truncated_archive_is_an_error_that_names_it(tmp_path):
+  path = tmp_path / 'a.txt.gz'
+  path.write_bytes(gzip.compress(b'text')[:-3])
+  with pytest.raises(config_lib.ConfigError, match=r'a\.txt\.gz: the archive is truncated, after 4 bytes of text'):
+    texts(text.TextSource(str(path)))
+
+
+def test_another_field(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"body": "one", "text": "no"}\n{"text": "two"}\n')
+  found, skipped = texts(text.JsonlSource(str(path), field='body'))
+  assert found == [b'one'] and skipped == [f'{path}:2: no field "body"']
+  assert text.JsonlSource(str(path), field='body').digest() != text.JsonlSource(str(path)).digest()

@@ -1,0 +1,169 @@
+import gzip
+import hashlib
+import os
+import tracemalloc
+import zlib
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import zstandard
+
+from lmscale.data import files
+from lmscale.errors import ConfigError
+
+PACK = {'gz': gzip.compress, 'zst': zstandard.ZstdCompressor().compress}
+KINDS = pytest.mark.parametrize('kind', list(PACK))
+
+
+def content(path):
+  return b''.join(files.blocks(path))
+
+
+def write(tmp_path, name, raw):
+  (tmp_path / name).write_bytes(raw)
+  return tmp_path / name
+
+
+@KINDS
+def test_archives_give_the_bytes_that_went_in(tmp_path, kind):
+  raw = os.urandom(300_000) + b'\0' * 3_000_000
+  pack = PACK[kind]
+  assert content(write(tmp_path, f'a.{kind}', pack(raw))) == raw
+  assert content(write(tmp_path, 'b', pack(raw))) == raw  # told by the first bytes, not the name
+  assert content(write(tmp_path, f'c.{kind}', pack(b'one') + pack(b'') + pack(raw))) == b'one' + raw
+  assert content(write(tmp_path, f'd.{kind}', pack(b'one') + b'\0' * 999)) == b'one'  # padding
+  assert content(write(tmp_path, f'e.{kind}', pack(b''))) == b''
+
+
+def test_a_long_zstd_window_is_read(tmp_path):
+  parameters = zstandard.ZstdCompressionParameters(window_log=27, enable_ldm=True)
+  packed = zstandard.ZstdCompressor(compression_params=parameters).compress(b'x' * 1000)
+  assert content(write(tmp_path, 'a.zst', packed)) == b'x' * 1000
+
+
+@KINDS
+def test_every_truncation_is_noticed(tmp_path, kind):
+  packed = PACK[kind](b'one\ntwo\nthree\n' + os.urandom(50))
+  for size in range(4, len(packed)):
+    with pytest.raises(files.Damaged, match='truncated'):
+      content(write(tmp_path, f'a.{kind}', packed[:size]))
+
+
+@KINDS
+@pytest.mark.parametrize('kept', [0.3, 0.9])
+def test_what_was_whole_is_given_before_the_error(tmp_path, kind, kept):
+  lines = [os.urandom(40).hex().encode() for _ in range(2000)]
+  packed = PACK[kind](b'\n'.join(lines))
+  path = write(tmp_path, f'a.{kind}', packed[:int(kept * len(packed))])
+  found = []
+  with pytest.raises(ConfigError) as caught:
+    for number, line in files.lines(path):
+      found.append(line)
+      assert number == len(found)
+  assert found == lines[:len(found)]
+  assert len(found) > 100 or kind == 'zst'  # a zstd block is 128 KiB of text
+  assert str(caught.value) == f'data file {path}: the archive is truncated; its last whole line is line {len(found)}'
+
+
+@KINDS
+def test_damage_is_noticed(tmp_path, kind):
+  packed = bytearray(PACK[kind](b'some text ' * 100) if kind == 'gz' else
+                     zstandard.ZstdCompressor(write_checksum=True).compress(b'some text ' * 100))
+  packed[-6 if kind == 'gz' else -2] ^= 1  # the checksum
+  with pytest.raises(files.Damaged, match='damaged'):
+    content(write(tmp_path, f'a.{kind}', packed))
+  with pytest.raises(files.Damaged, match='damaged'):
+    content(write(tmp_path, f'b.{kind}', PACK[kind](b'x') + b'junk behind it'))
+  with pytest.raises(files.Damaged, match=rf'no .{kind} archive: its first bytes are 70 6c 61 69'):
+    content(write(tmp_path, f'c.{kind}', b'plain text'))
+  with pytest.raises(files.Damaged, match='missing'):
+    content(write(tmp_path, f'd.{kind}', b''))
+
+
+@KINDS
+def test_a_bomb_goes_off_in_bounded_memory(tmp_path, kind, monkeypatch):
+  monkeypatch.setattr(files, 'BOMB_BYTES', 1 << 20)
+  path = write(tmp_path, f'a.{kind}', PACK[kind](b'\0' * (1 << 25)))
+  tracemalloc.start()
+  seen = 0
+  with pytest.raises(files.Damaged, match='unpacks to more than'):
+    for block in files.blocks(path):
+      seen += len(block)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert seen <= max(1 << 20, files.BOMB_RATIO * path.stat().st_size) and peak < 100 << 20
+  monkeypatch.setattr(files, 'BOMB_BYTES', 1 << 26)
+  assert sum(map(len, files.blocks(path))) == 1 << 25
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(st.binary(max_size=60).map(lambda raw: raw.replace(b'\x1f', b'\n')), st.integers(1, 9), st.integers(1, 30))
+def test_lines_are_those_of_split(tmp_path_factory, raw, block, longest):
+  path = tmp_path_factory.mktemp('lines') / 'a'
+  path.write_bytes(raw)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(files, 'BLOCK', block)
+    patch.setattr(files, 'MAX_LINE', longest)
+    found = list(files.lines(path))
+  expected = []
+  for number, line in enumerate(raw.split(b'\n'), 1):
+    if len(line) > longest:
+      expected.append((number, None))
+    elif (line.removeprefix(files.BOM) if number == 1 else line).strip():
+      expected.append((number, line.removeprefix(files.BOM) if number == 1 else line))
+  assert found == expected
+
+
+def test_folders_hold_archives_too(tmp_path):
+  for name in ('a.txt', 'b.txt.gz', 'c.txt.zst', 'd.gz', 'e.md'):
+    (tmp_path / name).write_text('x')
+  assert [path.name for path in files.find_files(str(tmp_path), '.txt')] == ['a.txt', 'b.txt.gz', 'c.txt.zst']
+  assert [path.name for path in files.find_files(str(tmp_path / '*.*z*'), '.txt')] == ['b.txt.gz', 'c.txt.zst', 'd.gz']
+  with pytest.raises(ConfigError, match='NUL'):
+    files.find_files('a\0b', '.txt')
+
+
+def old(path):
+  os.utime(path, (1, 1))
+  return path
+
+
+def test_digests_are_kept_until_the_file_changes(tmp_path, monkeypatch):
+  hashed = []
+  real = hashlib.file_digest
+  monkeypatch.setattr(files.hashlib, 'file_digest', lambda *args: hashed.append(1) or real(*args))
+  monkeypatch.setattr(files, 'SETTLED', -1.0)
+  monkeypatch.setattr(files, 'KEPT_FROM', 4)
+  path = old(write(tmp_path, 'a', b'12345'))
+  first = files.digest(path, tmp_path)
+  assert first == hashlib.sha256(b'12345').digest() and len(hashed) == 1
+  assert files.digest(path, tmp_path) == first and len(hashed) == 1
+  files._digests.clear()  # as in another process
+  assert files.digest(path, tmp_path) == first and len(hashed) == 1
+  assert files.digest(path, None) == first
+  note, = (tmp_path / 'digests').iterdir()
+  path.write_bytes(b'54321')  # same size and modification time: the time of the change still tells
+  old(path)
+  assert files.digest(path, tmp_path) == hashlib.sha256(b'54321').digest()
+  for damage in (b'', b'[]', b'{"of": 3, "sha256": "zz"}', note.read_bytes().replace(b'sha256', b'sha')):
+    note.write_bytes(damage)
+    files._digests.clear()
+    assert files.digest(path, tmp_path) == hashlib.sha256(b'54321').digest()
+
+
+def test_a_file_just_written_is_not_trusted_to_stay(tmp_path):
+  path = write(tmp_path, 'a', b'1')
+  files.digest(path)
+  assert not any(key[0] == str(path) for key in files._digests)
+
+
+def test_unreadable_files_are_a_config_error(tmp_path):
+  for read in (lambda path: list(files.blocks(path)), lambda path: list(files.lines(path)), files.digest):
+    with pytest.raises(ConfigError, match='cannot be read'):
+      read(tmp_path)
+
+
+def test_zlib_alone_is_no_archive(tmp_path):
+  with pytest.raises(files.Damaged):
+    content(write(tmp_path, 'a.gz', zlib.compress(b'x')))
