@@ -1,25 +1,28 @@
 """The selective scan: 'scan' against a NumPy loop, 'xla' against 'scan', documents, states and memory."""
 
 import functools
+import itertools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmscale.kernels.selective_scan import selective_scan
+from lmscale.kernels.selective_scan import api, pallas_triton, scan, selective_scan, xla
 
 # Two rows: padding at the end, and leading, inner and trailing padding with skipped ids.
 SEGMENTS = np.array([[1] * 9 + [2] + [3] * 6 + [0] * 3, [0, 0, 4, 4, 4, 0, 0, 4, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 0]])
 PER_TOKEN = ('x', 'dt', 'B', 'C', 'z')
 
 
-def make(seed=0, b=2, l=19, d=6, n=5, state=True, dtype=np.float64):
+def make(seed=0, b=2, l=19, d=6, n=5, groups=None, state=True, dtype=np.float64):
   """A dict of all arguments but the segments."""
   rng = np.random.default_rng(seed)
-  shapes = {'x': (b, l, d), 'B': (b, l, n), 'C': (b, l, n), 'D': (d,), 'z': (b, l, d)}
+  shared = (b, l, n) if groups is None else (b, l, groups, n)
+  shapes = {'x': (b, l, d), 'B': shared, 'C': shared, 'D': (d,), 'z': (b, l, d)}
   if state:
     shapes['initial_state'] = (b, d, n)
   arrays = {name: rng.normal(size=shape) for name, shape in shapes.items()}
@@ -47,12 +50,16 @@ def loop(x, dt, A, B, C, D, z, initial_state, segment_ids):
   return y, state
 
 
-@functools.partial(jax.jit, static_argnames=('implementation', 'chunk'))
-def differentiate(arguments, weights, segment_ids=None, implementation='xla', chunk=8):
+@functools.partial(jax.jit, static_argnames=('implementation', 'chunk', 'deterministic'))
+def differentiate(arguments, weights, segment_ids=None, implementation='xla', chunk=8, deterministic=True):
   """((y, state), the gradient of a weighted sum of both with respect to every argument)."""
+  interpret = implementation == 'pallas_triton' and jax.default_backend() == 'cpu'
 
   def loss(arguments):
-    y, state = selective_scan(**arguments, segment_ids=segment_ids, implementation=implementation, chunk=chunk)
+    y, state = selective_scan(
+      **arguments, segment_ids=segment_ids, implementation=implementation, chunk=chunk, deterministic=deterministic,
+      interpret=interpret,
+    )  # fmt: skip
     return jnp.sum(weights[0] * y) + jnp.sum(weights[1] * state), (y, state)
 
   gradients, results = jax.grad(loss, has_aux=True)(arguments)
@@ -88,6 +95,7 @@ CASES = {
   'packed': ({}, SEGMENTS, 8),
   'no state, packed': ({'state': False}, SEGMENTS, 5),
   'no segments': ({'l': 21, 'n': 3}, None, 4),
+  'groups': ({'groups': 2}, SEGMENTS, 8),
   'one chunk': ({'l': 7}, None, 32),
 }
 
@@ -103,6 +111,88 @@ def test_xla_matches_scan(case, assert_close):
   got = differentiate(make(**shapes, dtype=np.float32), single(weights), segments, 'xla', chunk)
   assert {g.dtype for g in jax.tree.leaves(got)} == {np.dtype(np.float32)}
   assert_close(got, want, 1e-5)
+
+
+# Nothing fills a tile in the first; the second has two programs, that add to one array.
+PALLAS_CASES = {
+  'masks': ({'d': 6, 'n': 5}, SEGMENTS, 8, True),
+  'groups': ({'b': 1, 'l': 16, 'd': 8, 'n': 8, 'groups': 2}, None, 8, False),
+}
+
+
+@pytest.mark.parametrize('case', PALLAS_CASES)
+def test_pallas_matches_scan(case, assert_close):
+  shapes, segments, chunk, deterministic = PALLAS_CASES[case]
+  with jax.enable_x64(True):
+    arguments = make(**shapes)
+    weights = random_weights(arguments)
+    want = differentiate(arguments, weights, segments, 'scan')
+  got = differentiate(single(arguments), single(weights), segments, 'pallas_triton', chunk, deterministic)
+  assert_close(got, want, 1e-5)
+  if segments is not None:
+    for name in PER_TOKEN:
+      assert np.all(np.asarray(got[1][name])[segments == 0] == 0), name
+
+
+def test_pallas_without_what_is_optional(assert_close):
+  """No D, z, state or segments, bfloat16, three programs of which the last is not full."""
+  arguments = make(b=1, l=5, d=70, n=4, state=False, dtype=np.float32)
+  arguments = {name: arguments[name] for name in ('x', 'dt', 'A', 'B', 'C')}
+  arguments['x'] = arguments['x'].astype(jnp.bfloat16)
+  weights = random_weights(arguments)
+  got = differentiate(arguments, single(weights), None, 'pallas_triton', 4)
+  assert {k: g.dtype for k, g in got[1].items()} == {k: a.dtype for k, a in arguments.items()}
+  with jax.enable_x64(True):
+    want = differentiate(jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), arguments), weights, None, 'scan')
+  assert_close(got, want, 1e-2)
+
+
+def acceptance_arguments(l, d, n, groups):
+  """The inputs of mamba_ssm's test of its selective scan."""
+  rng = np.random.default_rng(0)
+  arguments = make(b=2, l=l, d=d, n=n, groups=groups)
+  arguments['A'] = jnp.asarray(-0.5 * rng.uniform(size=(d, n)))
+  arguments['dt'] = jnp.asarray(np.log1p(np.exp(0.5 * rng.uniform(size=(2, l, d)) + 0.5 * rng.uniform(size=d))))
+  return arguments
+
+
+ACCEPTANCE = [
+  ('xla', 128, 4, 8, None, np.float32),
+  ('xla', 128, 4, 16, 2, np.float32),
+  ('pallas_triton', 128, 4, 8, None, np.float32),
+  *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.chain(
+    [('xla', l, 4, n, groups, dtype) for l in (1000, 4096) for n in (8, 16) for groups in (None, 2)
+     for dtype in (np.float32, jnp.bfloat16)],
+    [(name, 128, 768, 16, groups, np.float32) for name in ('xla', 'pallas_triton') for groups in (None, 2)],
+    [('pallas_triton', 128, 4, 16, 2, jnp.bfloat16), ('pallas_triton', 1000, 4, 8, None, np.float32)],
+  )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('implementation,l,d,n,groups,dtype', ACCEPTANCE)
+def test_acceptance(implementation, l, d, n, groups, dtype):
+  """Acceptance case A13 with mamba_ssm's tolerances: relative and absolute, looser by the named factors."""
+  check_acceptance(implementation, l, d, n, groups, dtype, chunk=32)
+
+
+def check_acceptance(implementation, l, d, n, groups, dtype, chunk):
+  with jax.enable_x64(True):
+    arguments = acceptance_arguments(l, d, n, groups)
+    weights = random_weights(arguments)
+    for name in PER_TOKEN:  # what is rounded before both runs is not the scan's error
+      arguments[name] = arguments[name].astype(dtype).astype(np.float64)
+    want, want_grad = differentiate(arguments, weights, None, 'scan')
+  low = {name: a.astype(dtype if name in PER_TOKEN and name != 'dt' else np.float32) for name, a in arguments.items()}
+  got, grad = differentiate(low, single(weights), None, implementation, chunk)
+  relative, absolute = (6e-4, 2e-3) if dtype == np.float32 else (3e-2, 5e-2)
+  factors = {'x': (2, 2), 'dt': (5, 10), 'A': (1, 5)}
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float64), b, relative, absolute)
+  for name, a in grad.items():
+    r, s = factors.get(name, (1, 1))
+    # Sums over tokens grow with their number.
+    size = 1 if name in PER_TOKEN else np.abs(want_grad[name]).max()
+    np.testing.assert_allclose(np.asarray(a, np.float64), want_grad[name], r * relative, s * absolute * size, err_msg=name)
 
 
 def test_packed_documents_equal_separate_runs(assert_close):
@@ -127,7 +217,7 @@ def test_packed_documents_equal_separate_runs(assert_close):
       assert np.all(np.asarray(grad[name])[segments == 0] == 0), name
 
 
-@pytest.mark.parametrize('implementation', ['scan', 'xla'])
+@pytest.mark.parametrize('implementation', ['scan', 'xla', 'pallas_triton'])
 def test_no_gradient_crosses_a_boundary(implementation):
   arguments = make(dtype=np.float32)
   weights = random_weights(arguments)
@@ -215,6 +305,77 @@ def test_no_state_per_token(largest_array):
   assert size('scan') >= 64 * 8 * 8  # the check can fail
 
 
+def test_only_inputs_and_chunk_states_are_kept(kept_bytes):
+  arguments = make(b=1, l=64, d=8, n=8, dtype=jnp.bfloat16)
+  inputs = sum(a.nbytes for a in arguments.values())
+  as_float32 = 2 * sum(arguments[name].nbytes for name in ('dt', 'A', 'D'))  # beside their own dtype
+
+  def run(implementation, arguments):
+    options = {'interpret': True} if implementation == 'pallas_triton' else {}
+    return selective_scan(**arguments, chunk=16, implementation=implementation, **options)
+
+  for implementation in ('xla', 'pallas_triton'):
+    states = 64 // 16 * 8 * 8 * 4
+    assert kept_bytes(functools.partial(run, implementation), arguments) <= inputs + as_float32 + states, implementation
+  assert kept_bytes(functools.partial(run, 'scan'), arguments) > 64 * 8 * 8 * 4  # the check can fail
+
+
+SHAPES_FOR_CUDA = {'layer': (1, 4096, 8192, 16), 'beyond 2^31 elements': (80, 4096, 8192, 16), 'odd': (2, 333, 100, 5)}
+
+
+@pytest.mark.parametrize('shape', SHAPES_FOR_CUDA)
+def test_pallas_lowers_for_cuda(shape):
+  b, l, d, n = SHAPES_FOR_CUDA[shape]
+  shapes = {'x': (b, l, d), 'dt': (b, l, d), 'A': (d, n), 'B': (b, l, n), 'C': (b, l, n), 'D': (d,), 'z': (b, l, d)}
+  arguments = {name: jax.ShapeDtypeStruct(s, jnp.bfloat16 if name in 'xz' else jnp.float32)
+               for name, s in shapes.items()}  # fmt: skip
+  ids = jax.ShapeDtypeStruct((b, l), jnp.int32)
+
+  def loss(arguments, ids):
+    y, state = selective_scan(**arguments, segment_ids=ids, implementation='pallas_triton')
+    return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
+
+  device = AbstractDevice('NVIDIA H200', 132, 'gpu')
+  with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ('device',), abstract_device=device)):
+    text = jax.jit(jax.grad(loss)).trace(arguments, ids).lower(lowering_platforms=('cuda',)).as_text()
+  for kernel in ('selective_scan_forward', 'selective_scan_backward'):
+    assert text.count(f'name = "{kernel}"') == 1, kernel
+
+
+def test_the_choice(monkeypatch):
+  arguments = make(dtype=np.float32)
+  x, shared = arguments['x'], arguments['B'][:, :, None]
+
+  def choice(x=x, shared=shared, name=None):
+    return api._choose(x, shared, None, name, True, False)
+
+  assert choice().func is xla.selective_scan_xla
+  assert choice(x[:, :1]) is scan.selective_scan_scan
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(device_kind='NVIDIA H200')])
+  assert choice().func is pallas_triton.selective_scan_pallas_triton
+  with jax.enable_x64(True):
+    assert choice(x.astype(jnp.float64)).func is xla.selective_scan_xla
+    with pytest.raises(ValueError, match="'pallas_triton' cannot do this: x is float64"):
+      choice(x.astype(jnp.float64), name='pallas_triton')
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('n', [8, 16, 100, 256])
+def test_pallas_on_a_gpu(n):
+  check_acceptance('pallas_triton', 1000, 768, n, None, np.float32, chunk=64)
+  check_acceptance('pallas_triton', 4096, 768, n, 2, jnp.bfloat16, chunk=64)
+
+
+@pytest.mark.gpu
+def test_pallas_runs_are_equal_in_every_bit_on_a_gpu():
+  arguments = single(make(b=2, l=2048, d=1024, n=16))
+  weights = single(random_weights(arguments))
+  first, *others = [differentiate(arguments, weights, None, 'pallas_triton', 64) for _ in range(5)]
+  for other in others:
+    jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
 def test_channels_shard_with_one_sum_for_b_and_c(assert_close):
   """Forward without communication: B and C are replicated, channels are on `tensor`."""
   mesh = jax.make_mesh((2, 4), ('data', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -232,9 +393,17 @@ def test_channels_shard_with_one_sum_for_b_and_c(assert_close):
 
 def test_errors_are_one_clear_line():
   arguments = make(dtype=np.float32)
-  with pytest.raises(ValueError, match="implementation 'cuda' is unknown; choose one of scan, xla"):
+  with pytest.raises(ValueError, match="implementation 'cuda' is unknown; choose one of scan, xla, pallas_triton"):
     selective_scan(**arguments, implementation='cuda')
   with pytest.raises(ValueError, match='dt has shape'):
     selective_scan(**arguments | {'dt': arguments['dt'][:, :-1]})
   with pytest.raises(ValueError, match='chunk 0'):
     selective_scan(**arguments, chunk=0)
+  with pytest.raises(ValueError, match="interpret=True is for implementation 'pallas_triton', not 'xla'"):
+    selective_scan(**arguments, implementation='xla', interpret=True)
+  with pytest.raises(ValueError, match='cannot do this: chunk 6 is not a multiple of 4'):
+    selective_scan(**arguments, implementation='pallas_triton', chunk=6)
+  with pytest.raises(ValueError, match='6 channels .* do not divide into 4 groups'):
+    selective_scan(**arguments | {'B': jnp.zeros((2, 19, 4, 5)), 'C': jnp.zeros((2, 19, 4, 5))})
+  with pytest.raises(ValueError, match='a state of 300 per channel'):
+    selective_scan(**make(l=2, n=300, dtype=np.float32), implementation='pallas_triton')

@@ -88,7 +88,7 @@ def _choose(x, B, chunk, name, deterministic, interpret):
     raise ValueError(f"selective_scan: interpret=True is for implementation 'pallas_triton', not {name!r}")
   if name is None:
     nvidia = jax.default_backend() == 'gpu' and jax.devices()[0].device_kind.startswith('NVIDIA')
-    can = nvidia and x.shape[1] > 1 and _pallas_triton().unsupported(x, B) is None
+    can = nvidia and x.shape[1] > 1 and _pallas_triton().unsupported(x, B, chunk) is None
     name = 'scan' if x.shape[1] == 1 else 'pallas_triton' if can else 'xla'
   if name not in IMPLEMENTATIONS:
     known = ', '.join(IMPLEMENTATIONS)
@@ -97,7 +97,7 @@ def _choose(x, B, chunk, name, deterministic, interpret):
     return scan.selective_scan_scan
   if name == 'xla':
     return functools.partial(xla.selective_scan_xla, chunk=chunk)
-  reason = _pallas_triton().unsupported(x, B)
+  reason = _pallas_triton().unsupported(x, B, chunk)
   if reason is not None:
     raise ValueError(f"selective_scan: implementation '{name}' cannot do this: {reason}")
   options = {'chunk': chunk, 'deterministic': deterministic, 'interpret': interpret}

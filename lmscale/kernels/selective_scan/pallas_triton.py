@@ -22,7 +22,8 @@ else:
   MISSING = None
 
 CHUNK = 64  # tokens between kept states: at d_inner 8192 and length 4096 as many bytes as x in 16 bits has
-PROGRAMS = 264  # two for each multiprocessor of an H200: fewer leave some idle
+PROGRAMS = 128  # about as many as an H200 has multiprocessors (132): fewer leave some idle
+STATE_ELEMENTS = 4096  # of one program: 16 for each of at most 256 threads
 
 
 def unsupported(x: jax.Array, B: jax.Array, chunk: int | None = None) -> str | None:
@@ -33,8 +34,8 @@ def unsupported(x: jax.Array, B: jax.Array, chunk: int | None = None) -> str | N
     return f"x is {x.dtype}; the kernel has float32, bfloat16 and float16, 'xla' has the others"
   if B.shape[3] > 256:
     return f'a state of {B.shape[3]} per channel is more than the 256 that fit on chip'
-  if (chunk or CHUNK) % kernels.UNROLL:
-    return f'chunk {chunk} is not a multiple of {kernels.UNROLL}'
+  if (chunk or CHUNK) % kernels.AHEAD:
+    return f'chunk {chunk} is not a multiple of {kernels.AHEAD}'
   return None
 
 
@@ -44,7 +45,7 @@ def selective_scan_pallas_triton(
   """Shapes and dtypes as in `api`; y is in x.dtype. block: channels per program, a power of two; None chooses."""
   b, length, d = x.shape
   g, n = B.shape[2:]
-  block = block or _block(b, d)
+  block = block or _block(b, d, n)
   if g > 1:
     block = min(block, (d // g) & -(d // g))  # a power of two that divides: no program has channels of two groups
   plan = kernels.Plan(
@@ -56,12 +57,12 @@ def selective_scan_pallas_triton(
   return y, jnp.swapaxes(state, 1, 2)
 
 
-def _block(b, d):
-  """Channels per program: few parts of the gradients of B and C, but enough programs."""
-  block = 128
+def _block(b, d, n):
+  """Channels per program: few parts of the gradients of B and C, but enough programs, and a state that fits them."""
+  block = min(128, max(16, STATE_ELEMENTS // n))
   while block > 32 and b * -(-d // block) < PROGRAMS:
     block //= 2
-  return block
+  return 1 << (block.bit_length() - 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -3,7 +3,7 @@
 Its state is a tile [N, block] with N the state's size rounded up to a power of two. Triton spreads the lanes of a warp
 over the last dim, so a thread owns channels: sums over the state (y, du, ddt) stay within a thread, and only the
 gradients of B and C, sums over channels, cross threads. A tile cannot be cut along time once it is in registers, so
-every token's rows are loaded on their own, UNROLL tokens ahead of their use.
+every token's rows are loaded on their own, a few tokens ahead of their use.
 
 The forward kernel keeps the state at the start of every chunk. The backward kernel walks the chunks from the last to
 the first. In a chunk it makes the states again and puts every UNROLLth into a scratch array of its own, which stays in
@@ -23,7 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-UNROLL = 4  # tokens whose states the backward kernel has in registers at once
+AHEAD = 4  # tokens whose rows the forward kernel loads before it needs them
+UNROLL = 2  # tokens whose states and decays the backward kernel has in registers at once; four spill
 LOG2E = 1.4426950408889634  # decays are powers of two: exp2 is one instruction, exp two
 
 
@@ -36,7 +37,7 @@ class Plan:
   n: int
   groups: int
   block: int  # channels of a program
-  chunk: int  # tokens between kept states, a multiple of UNROLL
+  chunk: int  # tokens between kept states, a multiple of AHEAD and UNROLL
   deterministic: bool
   interpret: bool
 
@@ -208,19 +209,19 @@ def _output(D, state, row):
   return y if D is None else y + D * row['x']
 
 
-def _groups(tiles, refs, first, count, body, state):
-  """Calls body(i, rows of UNROLL tokens, state) -> state for `count` groups of tokens from `first` on; the rows of the
-  next group are loaded before the current one is worked on."""  # fmt: skip
+def _walk(tiles, refs, first, size, body, state):
+  """Calls body(i, rows, state) -> state for a chunk's groups of `size` tokens, the first of them token `first`; the
+  rows of the next group are loaded before the current one is worked on."""  # fmt: skip
 
   def load(i):
-    return [tiles.rows(refs, first + i * UNROLL + u) for u in range(UNROLL)]
+    return [tiles.rows(refs, first + i * size + u) for u in range(size)]
 
   def group(i, carry):
     state, rows = carry
     following = load(i + 1)
     return body(i, rows, state), following
 
-  return lax.fori_loop(0, count, group, (state, load(0)))[0]
+  return lax.fori_loop(0, tiles.plan.chunk // size, group, (state, load(0)))[0]
 
 
 def _forward(tiles, refs, outputs):
@@ -238,10 +239,10 @@ def _forward(tiles, refs, outputs):
         y = _output(D, state, row)
         if 'z' in row:
           y *= row['z'] * jax.nn.sigmoid(row['z'])
-        tiles.store_row(outputs['y'], i * plan.chunk + j * UNROLL + u, y)
+        tiles.store_row(outputs['y'], i * plan.chunk + j * AHEAD + u, y)
       return state
 
-    return _groups(tiles, refs, i * plan.chunk, plan.chunk // UNROLL, group, state)
+    return _walk(tiles, refs, i * plan.chunk, AHEAD, group, state)
 
   state = lax.fori_loop(0, plan.chunks, chunk, tiles.state(refs['first']))
   tiles.store_state(outputs['last'], state)
@@ -262,7 +263,7 @@ def _backward(tiles, refs, outputs):
 
   def chunk(i, carry):
     i = plan.chunks - 1 - i
-    _groups(tiles, only_states, i * plan.chunk, groups, keep, tiles.state(refs['saved'].at[i]))
+    _walk(tiles, only_states, i * plan.chunk, UNROLL, keep, tiles.state(refs['saved'].at[i]))
     tiles.barrier()
 
     def group(j, carry):
