@@ -32,6 +32,7 @@ from lmscale.config import Config, ConfigError
 from lmscale.parallel import distributed
 from lmscale.parallel.cluster import find_cluster
 from lmscale.plan.advice import is_out_of_memory, memory_advice
+from lmscale.train.console import printable
 from lmscale.validate import check_mesh, fill_data, resolve_mesh
 
 if typing.TYPE_CHECKING:
@@ -249,7 +250,7 @@ def train_job(config: Config, folder: str) -> int:
 def say(text: str, file: typing.TextIO | None = None) -> None:
   """Prints, in one of the run's processes."""
   if distributed.is_first():
-    print(text, file=file, flush=True)
+    print(printable(text), file=file, flush=True)
 
 
 def check_folder(folder: pathlib.Path) -> None:
@@ -323,4 +324,7 @@ def plain_warnings() -> None:
 
 if __name__ == '__main__':
   plain_warnings()
-  sys.exit(main())
+  code = main()
+  if code == USER_ERROR and '--debug' not in sys.argv:
+    sys.unraisablehook = lambda _: None  # tracebacks of what other packages' threads were doing when the run was given up
+  sys.exit(code)

@@ -14,6 +14,7 @@ import pathlib
 import statistics
 import sys
 import typing
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -151,7 +152,7 @@ def difference(runs: list[Run]) -> str:
   return _markdown(['field', *(run.name for run in runs)], rows) if rows else 'The configs are the same.'
 
 
-def warnings(runs: list[Run]) -> list[str]:
+def cautions(runs: list[Run]) -> list[str]:
   """Why the losses cannot simply be compared, if so."""
   found = []
   if len({run.config.data.tokenizer for run in runs}) > 1:
@@ -208,7 +209,9 @@ def draw(runs: list[Run], paths: list[pathlib.Path]) -> None:
     for path in paths:
       temporary = path.with_name(f'.{path.name}.tmp')
       kind = path.suffix[1:]
-      figure.savefig(temporary, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else None)
+      with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # a name may have characters that the font has not
+        figure.savefig(temporary, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else None)
       temporary.replace(path)
     pyplot.close(figure)
 
@@ -256,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
   except (ConfigError, OSError) as error:
     print(f'error: {printable(" ".join(str(error).split()))}', file=sys.stderr)
     return 2
-  for warning in warnings(runs):
+  for warning in cautions(runs):
     print(f'warning: {warning}', file=sys.stderr)
   print(f'{text}\ndrawn in {" and ".join(map(str, paths))}')
   return 0

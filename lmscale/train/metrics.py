@@ -12,10 +12,12 @@ import math
 import os
 import pathlib
 import re
+import warnings
 from typing import Any, Self
 
 import tensorboardX
 
+from lmscale.train.console import printable
 from lmscale.train.workdir import write_atomic
 
 SAMPLE_HEADING = re.compile(r'^=== step (\d+) ===$', re.MULTILINE)
@@ -125,14 +127,17 @@ def plot_loss(workdir: pathlib.Path, reference: float | None = None, unit: str =
       axes.plot(*zip(*validation, strict=True), 'o-', color='#d94801', markersize=4.5, linewidth=1, label='validation')
     if reference is not None:
       axes.axhline(reference, color='#555555', linestyle='--', linewidth=1.2, label=f'order-1 entropy {reference:.3f}')
-    axes.set(xlabel='training tokens', ylabel=f'loss (nats / {unit})', title=workdir.name, xlim=(0, None))
+    axes.set(xlabel='training tokens', ylabel=f'loss (nats / {unit})', xlim=(0, None))
+    axes.set_title(printable(workdir.name), parse_math=False)
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=''))
     axes.set_ylim(*_limits(loss, validation, reference))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     path = workdir / 'loss.svg'
     temporary = path.with_name('loss.tmp.svg')
-    figure.savefig(temporary, metadata={'Date': None})
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # a name may have characters that the font has not
+      figure.savefig(temporary, metadata={'Date': None})
     temporary.replace(path)
     pyplot.close(figure)
   return path
