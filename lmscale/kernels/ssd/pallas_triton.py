@@ -49,7 +49,7 @@ def unsupported(x: jax.Array, B: jax.Array, chunk: int) -> str | None:
 
 
 def ssd_pallas_triton(
-  x, dt, A, B, C, D, state, document, chunk, *, deterministic=True, interpret=False, segments=None, save_every=4
+  x, dt, A, B, C, D, state, document, chunk, *, deterministic=True, interpret=False, segments=None, save_every=8
 ):
   """Shapes and dtypes as in `api`; y is in x.dtype.
 
@@ -123,16 +123,14 @@ def _ssd_backward(plan, residuals, cotangents):
     inner = dataclasses.replace(
       plan, segments=plan.chunks // plan.save_every, per_segment=plan.save_every, save_every=1)  # fmt: skip
     states = forward.walk(inner, x, dt, cs, B, None, None, states, document, saved=states.dtype)['saved']
-  walk = functools.partial(backward.walk, plan, x, dt, cs, B, C, D, states, dy, document=document)
   end = dstate[:, None]
   if plan.segments > 1:
     zero = jnp.zeros((dstate.shape[0], plan.segments, *dstate.shape[1:]), dstate.dtype)
-    start, through = walk(end=zero, full=False)['start'], _through(plan, cs, document)
-    end = _carry(dstate, start[:, ::-1], through[:, ::-1])[:, ::-1]
-  out = walk(end=end, full=True)
-  dB, dC = backward.group_gradients(plan, x, dt, cs, B, C, states, out['left'], dy, document)
-  dD = None if D is None else out['dD'].sum(axis=(0, 1))
-  return out['dx'], out['ddt'], out['dcs'], dB, dC, dD, out['start'][:, 0], None
+    start = backward.walk(plan, cs, C, dy, zero, document, left=False)['start']
+    end = _carry(dstate, start[:, ::-1], _through(plan, cs, document)[:, ::-1])[:, ::-1]
+  walked = backward.walk(plan, cs, C, dy, end, document, left=True)
+  out = backward.gradients(plan, x, dt, cs, B, C, D, states, walked['left'], dy, document)
+  return *(out[name] for name in ('dx', 'ddt', 'dcs', 'dB', 'dC', 'dD')), walked['start'][:, 0], None
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)

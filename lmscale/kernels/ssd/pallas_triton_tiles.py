@@ -69,38 +69,35 @@ def head_specs(plan: Plan, repeat: int, n: int, p: int) -> dict[str, pl.BlockSpe
     return pl.BlockSpec((None, count, None, N, P), lambda head, segment, row: (row, 0, head, 0, 0))
 
   return {
-    'x': tokens, 'y': tokens, 'dx': tokens, 'dy': tokens, 'B': of_group, 'C': of_group,
-    'dt': vector, 'cs': vector, 'ddt': vector, 'dcs': vector,
+    'x': tokens, 'y': tokens, 'dy': tokens, 'B': of_group, 'C': of_group, 'dt': vector, 'cs': vector,
     'start': states(plan.segments), 'end': states(plan.segments),
-    'states': states(plan.chunks), 'left': states(plan.chunks), 'saved': states(plan.chunks // plan.save_every),
+    'left': states(plan.chunks), 'saved': states(plan.chunks // plan.save_every),
     'D': pl.BlockSpec((None, P), lambda head, segment, row: (head, 0)),
-    'dD': pl.BlockSpec((None, plan.segments, None, P), lambda head, segment, row: (row, 0, head, 0)),
     'document': pl.BlockSpec((None, plan.padded), lambda head, segment, row: (row, 0)),
   }  # fmt: skip
 
 
-def group_specs(plan: Plan, g: int, heads: int, parts: int, n: int, p: int) -> dict[str, pl.BlockSpec]:
+def group_specs(plan: Plan, g: int, heads: int, parts: int, sides: int, n: int, p: int) -> dict[str, pl.BlockSpec]:
   """The blocks of a program of the grid (part and side, chunk, row and group); it has `heads` heads, a part's."""
   N, P = block(n), block(p)
 
-  def first(part, group):  # block of heads
-    return (group % g) * parts + part // 2
+  def spec(shape, where):
+    """where(row, group, block of heads, part) gives the block's place."""
+    return pl.BlockSpec(shape, lambda part, chunk, group: where(
+      group // g, group % g, group % g * parts + part // sides, part // sides))  # fmt: skip
 
-  tokens = pl.BlockSpec(
-    (None, plan.padded, heads, P), lambda part, chunk, group: (group // g, 0, first(part, group), 0)
-  )
-  of_group = pl.BlockSpec((None, plan.padded, None, N), lambda part, chunk, group: (group // g, 0, group % g, 0))
-  partial = pl.BlockSpec(
-    (None, None, plan.padded, None, N), lambda part, chunk, group: (part // 2, group // g, 0, group % g, 0)
-  )
-  vector = pl.BlockSpec((None, heads, plan.padded), lambda part, chunk, group: (group // g, first(part, group), 0))
-  states = pl.BlockSpec(
-    (None, plan.chunks, heads, N, P), lambda part, chunk, group: (group // g, 0, first(part, group), 0, 0)
-  )
+  tokens = spec((None, plan.padded, heads, P), lambda row, group, first, part: (row, 0, first, 0))
+  of_group = spec((None, plan.padded, None, N), lambda row, group, first, part: (row, 0, group, 0))
+  sums = spec((None, None, plan.padded, None, N), lambda row, group, first, part: (part, row, 0, group, 0))
+  vector = spec((None, heads, plan.padded), lambda row, group, first, part: (row, first, 0))
+  states = spec((None, plan.chunks, heads, N, P), lambda row, group, first, part: (row, 0, first, 0, 0))
   return {
-    'x': tokens, 'dy': tokens, 'B': of_group, 'C': of_group, 'dB': partial, 'dC': partial, 'dt': vector, 'cs': vector,
-    'states': states, 'left': states,
-    'document': pl.BlockSpec((None, plan.padded), lambda part, chunk, group: (group // g, 0)),
+    'x': tokens, 'dx': tokens, 'dy': tokens, 'B': of_group, 'C': of_group, 'dB': sums, 'dC': sums,
+    'dt': vector, 'cs': vector, 'ddt': vector, 'dcs': vector, 'dcs_H': vector, 'states': states, 'left': states,
+    'dcs_last': spec((None, heads, plan.chunks), lambda row, group, first, part: (row, first, 0)),
+    'D': spec((heads, P), lambda row, group, first, part: (first, 0)),
+    'dD': spec((None, plan.chunks, heads, P), lambda row, group, first, part: (row, 0, first, 0)),
+    'document': spec((None, plan.padded), lambda row, group, first, part: (row, 0)),
   }  # fmt: skip
 
 
@@ -128,19 +125,24 @@ def load_rows(ref, start, plan: Plan, width: int, head=None) -> jax.Array:
   return pltriton.load(rows, mask=mask, other=None if mask is None else 0)
 
 
-def store_rows(ref, value, start, plan: Plan, width: int) -> None:
-  rows, mask = _rows(ref, start, plan, width, None)
+def store_rows(ref, value, start, plan: Plan, width: int, head=None) -> None:
+  rows, mask = _rows(ref, start, plan, width, head)
   pltriton.store(rows, value.astype(ref.dtype), mask=mask)
 
 
-def load_row(ref, width: int) -> jax.Array:
-  """All of a vector of `width` elements, with zeros beyond them."""
-  mask = _mask(ref.shape, (None if ref.shape[0] == width else width,))
-  return pltriton.load(ref, mask=mask, other=None if mask is None else 0)
+def _row_mask(ref, width):
+  block_width = ref.shape[-1]
+  return None if block_width == width else _mask((block_width,), (width,))
+
+
+def load_row(ref, width: int, head=None) -> jax.Array:
+  """A vector of `width` elements (that of head `head`, where the block has several), with zeros beyond them."""
+  mask = _row_mask(ref, width)
+  return pltriton.load(ref if head is None else ref.at[head], mask=mask, other=None if mask is None else 0)
 
 
 def store_row(ref, value, index, width: int) -> None:
-  pltriton.store(ref.at[index], value, mask=_mask(value.shape, (None if ref.shape[1] == width else width,)))
+  pltriton.store(ref.at[index], value, mask=_row_mask(ref, width))
 
 
 def load_vector(ref, start, plan: Plan, head=None) -> jax.Array:
@@ -148,8 +150,13 @@ def load_vector(ref, start, plan: Plan, head=None) -> jax.Array:
   return pltriton.load(ref.at[rows if head is None else (head, rows)])
 
 
-def store_vector(ref, value, start, plan: Plan) -> None:
-  pltriton.store(ref.at[pl.ds(start, plan.q)], value)
+def store_vector(ref, value, start, plan: Plan, head=None) -> None:
+  rows = pl.ds(start, plan.q)
+  pltriton.store(ref.at[rows if head is None else (head, rows)], value)
+
+
+def store_scalar(ref, value, index) -> None:
+  pltriton.store(ref.at[index], value)
 
 
 def _state(ref, index, n, p):
