@@ -82,10 +82,7 @@ def set_model(model: ml_collections.ConfigDict, arch: str, size: str) -> None:
   model.vocab = 264 if size == 'tiny' else 256_000
   model.attention.update(heads=heads, kv_heads=heads if arch == 'transformer' else groups, head_dim=head_dim)
   model.mlp.d_ff = 4 * width
-  chunk = 32 if size == 'tiny' else 128  # 128: Megatron-LM's
-  model.mamba2.update(
-    heads=2 * width // ssm_head_dim, head_dim=ssm_head_dim, groups=ssm_groups, state=state, chunk=chunk
-  )
+  model.mamba2.update(heads=2 * width // ssm_head_dim, head_dim=ssm_head_dim, groups=ssm_groups, state=state)
   model.mamba.update(d_inner=2 * width, state=state, dt_rank=math.ceil(width / 16))
   model.norm_eps = 1e-5
   model.init_std = 0.02

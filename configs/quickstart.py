@@ -29,7 +29,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.mamba2.head_dim = 32
   config.model.mamba2.groups = 2
   config.model.mamba2.state = 32
-  config.model.mamba2.chunk = 32
 
   config.mesh.data = 4
   config.mesh.tensor = 2

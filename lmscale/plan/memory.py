@@ -134,7 +134,8 @@ def _activation_bytes(config: Config, stage: int, layers: range) -> int:
     kept = {kind: layer_activations(config, kind, 'selective') for kind in none}
     saved, working = sum(kept[kind] for kind in kinds), max(2 * none[kind] - kept[kind] for kind in none)
   else:
-    saved, working = sum(none[kind] for kind in kinds), 0  # cotangents take the place of what they no longer need
+    # Cotangents take the place of what they no longer need; the kernels compute again what they did not keep.
+    saved, working = sum(none[kind] for kind in kinds), max(none.values())
   in_flight = min(mesh.pipe - stage, _microbatches(config))
   loss = _loss_bytes(config, train.microbatch * train.seq_len) if stage == mesh.pipe - 1 else 0
   return train.microbatch * (saved * in_flight + working) + loss
