@@ -139,12 +139,18 @@ def _write(folder: pathlib.Path, source: Source, tokenizer: Tokenizer, key: str)
     digests[name] = hashlib.sha256((folder / f'{name}.npy').read_bytes()).hexdigest()
   meta = {'format': FORMAT, 'key': key, 'tokenizer': tokenizer.identity, 'dtype': token_dtype(tokenizer.size).str,
           'tokens': sum(lengths), 'documents': len(split_keys), 'sha256': digests, 'skipped': skipped}
-  (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
+  (folder / 'meta.json').write_text(json.dumps({**meta, 'self': _hash(meta)}, indent=1), encoding='utf-8')
+
+
+def _hash(meta: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
 
 
 def _open(folder: pathlib.Path) -> TokenStore:
   """Raises ValueError, KeyError or OSError if a file is missing or has not the size or hash that was written."""
   meta: dict[str, Any] = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+  if meta.pop('self') != _hash(meta):
+    raise ValueError(f'{folder}: meta.json changed')
   dtype = np.dtype(meta['dtype'])
   arrays = {}
   for name in ('offsets', 'split_keys', 'text_bytes'):

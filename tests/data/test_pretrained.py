@@ -1,4 +1,3 @@
-import io
 import json
 import pathlib
 import sys
@@ -7,36 +6,13 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from made import CORPUS, make_bpe, make_sentencepiece
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from lmscale.data import pretrained
 from lmscale.data.tokenizer import get_tokenizer
 from lmscale.errors import ConfigError
-
-CORPUS = ['def encode(self, text):\n  return self.encode_batch([text])[0]\n', 'the quick brown fox jumps\tover  the dog\n'] * 20
-
-
-def make_bpe(path, change=lambda tokenizer: None):
-  tokenizer = tokenizers.Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=['<pad>', '<|endoftext|>'], show_progress=False,
-                                initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-  tokenizer.train_from_iterator(CORPUS, trainer)
-  change(tokenizer)
-  tokenizer.save(str(path))
-  return str(path)
-
-
-def make_sentencepiece(path, **changes):
-  out = io.BytesIO()
-  options = {'model_type': 'bpe', 'vocab_size': 320, 'byte_fallback': True, 'normalization_rule_name': 'identity',
-             'remove_extra_whitespaces': False, 'add_dummy_prefix': False, 'minloglevel': 2, **changes}
-  sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=out, **options)
-  path.write_bytes(out.getvalue())
-  return str(path)
 
 
 @pytest.fixture(scope='module')

@@ -1,43 +1,20 @@
 import json
 import shutil
 
+import made
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import file_utils
 
-from lmscale.data import cache, document, tfds_source
+from lmscale.data import cache, document
 from lmscale.data.tfds_source import TfdsSource
 from lmscale.data.tokenizer import ByteTokenizer
 from lmscale.errors import ConfigError
 
-TEXTS = [f'text number {i} é' for i in range(30)]
-
-
-class Small(tfds.core.GeneratorBasedBuilder):
-  VERSION = tfds.core.Version('1.2.0')
-  url_infos = {}  # noqa: RUF012
-
-  def _info(self):
-    features = {'text': tfds.features.Text(), 'tokens': tfds.features.Tensor(shape=(None,), dtype=np.int32),
-                'label': tfds.features.Scalar(dtype=np.int64)}
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
-
-  def _split_generators(self, dl_manager):
-    return {'train': self._generate_examples(TEXTS), 'test': self._generate_examples(['held out', ''])}
-
-  def _generate_examples(self, texts):
-    for i, text in enumerate(texts):
-      yield i, {'text': text, 'tokens': np.frombuffer(text.encode(), np.uint8).astype(np.int32), 'label': i}
-
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('tfds')
-  with tfds_source.quiet():
-    builder = Small(data_dir=folder, file_format='array_record')
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=2))
-  return folder
+  return made.prepare(tmp_path_factory.mktemp('tfds'))
 
 
 @pytest.fixture
@@ -54,8 +31,8 @@ def read(path, split='train', field='text'):
 def test_text_of_a_folder_and_of_its_parents(prepared):
   for folder in (prepared, prepared / 'small', prepared / 'small' / '1.2.0'):
     found, skipped = read(folder)
-    assert [d.text.decode() for d in found] == TEXTS and not skipped
-  assert found[0].split_key == document.split_key(TEXTS[0].encode())
+    assert [d.text.decode() for d in found] == made.TEXTS and not skipped
+  assert found[0].split_key == document.split_key(made.TEXTS[0].encode())
 
 
 def test_a_prepared_name(prepared, monkeypatch):
@@ -68,14 +45,14 @@ def test_a_prepared_name(prepared, monkeypatch):
 
 
 def test_splits_and_what_is_empty(prepared):
-  assert [d.text.decode() for d in read(prepared, 'train[10:15]')[0]] == TEXTS[10:15]
+  assert [d.text.decode() for d in read(prepared, 'train[10:15]')[0]] == made.TEXTS[10:15]
   found, skipped = read(prepared, 'test')
   assert [d.text for d in found] == [b'held out'] and skipped[0].endswith('small/1.2.0:test:1: empty text')
 
 
 def test_tokens_become_a_store(prepared, tmp_path):
   store = cache.tokenise(TfdsSource(str(prepared), 'train', 'tokens'), ByteTokenizer(), tmp_path)
-  whole = b''.join(text.encode() for text in TEXTS)
+  whole = b''.join(text.encode() for text in made.TEXTS)
   assert store.tokens[store.tokens != 256].tolist() == list(whole) and (store.tokens[store.offsets[1:] - 1] == 256).all()
   assert store.text_bytes is None and len(store.split_keys) == 30
   text = cache.tokenise(TfdsSource(str(prepared), 'train', 'text'), ByteTokenizer(), tmp_path)

@@ -1,0 +1,6 @@
+"""Lets these tests import made.py."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
