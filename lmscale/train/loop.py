@@ -33,6 +33,7 @@ from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.console import Console, printable, quantity
 from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
 from lmscale.train.schedule import Schedule, StepPlan
+from lmscale.train.spikes import SpikeWatch
 from lmscale.train.workdir import Workdir, check_identity
 
 DONE = 0
@@ -132,6 +133,7 @@ class Run:
   console: Console
   skipped: int  # steps so far
   clock: 'Clock' = dataclasses.field(default_factory=lambda: Clock())
+  spikes: SpikeWatch = dataclasses.field(default_factory=SpikeWatch)
 
   def steps(self, state: Any, start: int, interrupt: 'Interrupt') -> int:
     """Steps from `start` to the end; returns an exit code.
@@ -190,6 +192,11 @@ class Run:
     if not ok:
       within_budget = self.count_skipped(plan)
       line |= {'skipped': self.skipped, 'first_sample': plan.first_sample, 'batch': plan.batch}
+    elif times := self.spikes.add(line['grad_norm']):
+      self.console.say(
+        f'step {done}: gradient norm {line["grad_norm"]:.3g} is {times:.0f} times the median of the steps before; its samples '
+        f'are {plan.first_sample}..{plan.first_sample + plan.batch - 1} (optimizer.clip {self.config.optimizer.clip:g} bounds it)'
+      )
     if evaluated is not None and within_budget:
       line |= self.evaluate(evaluated, done)
     if self.writer and (self.due(self.config.loop.log_every, done) or evaluated is not None or not ok):
