@@ -109,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise ConfigError(f'--vocab: {flags.vocab} is less than {SMALLEST}: the 256 bytes are always in it')
     if flags.out.exists():
       raise ConfigError(f'--out: {flags.out} exists; data made with it would no longer fit, give another name')
+    if not flags.out.absolute().parent.is_dir():
+      raise ConfigError(f'--out: the folder of {flags.out} does not exist')
     sources = [source_lib.parse(text, flags.field, flags.split) for text in flags.input]
     found = texts(sources, storage.cache_root(), flags.max_bytes)
     write_new(flags.out, trainers[flags.out.suffix](found, flags.vocab))
