@@ -7,6 +7,8 @@ what is stored before anything is read. And it does not notice flipped bits, so 
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 import pathlib
 from collections.abc import Iterator
@@ -76,6 +78,7 @@ class Checkpointer:
       self._set_bad_aside()
       if step not in self._manager.all_steps():
         stored = {'format': FORMAT, 'user': meta, 'checksums': checksums(tree)}
+        stored['digest'] = _digest(stored)
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(stored))
         self._manager.save(step, args=args, force=True)
     if wait:
@@ -132,8 +135,11 @@ class Checkpointer:
     try:
       about = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
       meta, expected, version = about['user'], about['checksums'], about.get('format', 1)
+      digest = about.pop('digest', None)
     except Exception as error:  # Orbax has no common type for what a damaged file raises
       raise DamagedCheckpoint(_first_line(error)) from error
+    if digest not in (None, _digest(about)):
+      raise DamagedCheckpoint('its metadata has changed')
     if version != FORMAT:
       raise ConfigError(
         f'checkpoint {self.folder / str(step)} has format {version}, this version of lmscale reads format {FORMAT}; '
@@ -203,6 +209,11 @@ def _layer_facts(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax
     return jnp.sum(jax.lax.bitcast_convert_type(x, words), dtype=jnp.uint32), finite
 
   return {name: one(x) for name, x in leaves.items()}
+
+
+def _digest(values: dict[str, Any]) -> str:
+  """Of JSON values, whatever the order of keys."""
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _named(tree: Any) -> dict[str, Any]:
