@@ -1,0 +1,207 @@
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lmscale import config as config_lib
+from lmscale.data import megatron
+from lmscale.data.loader import Loader
+from lmscale.errors import ConfigError
+from tools import build_dataset
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+ENDINGS = ('.bin', '.idx', '.meta.json', '.documents.npy')
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('LMSCALE_CACHE', str(tmp_path / 'cache'))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  """Twelve files of JSON lines, one of them damaged in a line, two of them equal."""
+  folder = tmp_path / 'in [1]'
+  folder.mkdir()
+  rng = random.Random(0)
+  for i in range(12):
+    lines = [json.dumps({'text': ''.join(rng.choices('abcdefgh ', k=rng.randrange(1, 400)))}) for _ in range(60)]
+    (folder / f'{i:02}.jsonl.gz').write_bytes(gzip.compress('\n'.join(lines + ['broken'] * (i == 3)).encode(), mtime=0))
+  (folder / '05.jsonl.gz').write_bytes((folder / '04.jsonl.gz').read_bytes())
+  return folder
+
+
+def inline(monkeypatch):
+  """Runs the work in this process: starting others takes a second each."""
+  class Pool(build_dataset.concurrent.futures.ThreadPoolExecutor):
+    def __init__(self, workers, *_):
+      super().__init__(1)
+  monkeypatch.setattr(build_dataset.concurrent.futures, 'ProcessPoolExecutor', Pool)
+
+
+def built(out):
+  return {ending: megatron.with_ending(out, ending).read_bytes() for ending in ENDINGS}
+
+
+def command(corpus, out, *more):
+  return [sys.executable, str(ROOT / 'tools' / 'build_dataset.py'), '--input', f'jsonl:{corpus}', '--out', str(out),
+          '--workers', '2', *more]
+
+
+def environment():
+  return {**os.environ, 'PYTHONPATH': str(ROOT)}
+
+
+def test_the_result_trains_as_the_text_does(tmp_path, corpus, monkeypatch, capsys):
+  inline(monkeypatch)
+  out = tmp_path / 'new' / 'folder' / 'mine'
+  assert build_dataset.main(['--input', f'jsonl:{corpus}', '--out', f'{out}.bin', '--workers', '3']) == 0
+  said, err = capsys.readouterr()
+  assert '720 documents, tokenizer bytes-v1' in said and '03.jsonl.gz:61: broken JSON' in err
+  assert not megatron.with_ending(out, '.shards').exists() and len(list(out.parent.iterdir())) == 4
+  meta = json.loads(built(out)['.meta.json'])
+  assert meta['sha256']['bin'] == hashlib.sha256(built(out)['.bin']).hexdigest()
+  assert [entry['skipped'] for entry in meta['inputs']] == [0, 0, 0, 1, *[0] * 8]
+  stores, loaders = [], []
+  for source in (config_lib.SourceConfig('a', 'jsonl', str(corpus)), config_lib.SourceConfig('a', 'megatron', str(out))):
+    data = config_lib.DataConfig(sources=(source,), validation=0.2)
+    config = config_lib.Config(train=config_lib.TrainConfig(seq_len=64), data=data)
+    loaders.append(Loader(config, 'validation'))
+    stores.append(loaders[-1].stores[0])
+  for name in ('tokens', 'offsets', 'split_keys', 'text_bytes'):
+    assert np.array_equal(getattr(stores[0], name), getattr(stores[1], name))
+  ratios = [loader.bytes_per_token(loader.samples_per_epoch) for loader in loaders]
+  assert ratios[0] == pytest.approx(ratios[1], rel=0.01) and 0.98 < ratios[0] < 1
+
+
+def test_a_second_call_finds_everything_done(tmp_path, corpus, monkeypatch, capsys):
+  inline(monkeypatch)
+  argv = ['--input', f'jsonl:{corpus}', '--out', str(tmp_path / 'a')]
+  assert build_dataset.main(argv) == 0
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.glob('a.*')}
+  monkeypatch.setattr(build_dataset, 'build_shard', None)
+  assert build_dataset.main(argv) == 0 and len(before) == 4
+  assert {path: path.stat().st_mtime_ns for path in tmp_path.glob('a.*')} == before
+  (corpus / '07.jsonl.gz').write_bytes(gzip.compress(b'{"text": "other"}'))
+  assert build_dataset.main(argv) == 2
+  assert 'was built from other input or with another tokenizer' in capsys.readouterr().err
+  assert {path: path.stat().st_mtime_ns for path in tmp_path.glob('a.*')} == before
+
+
+def test_each_step_may_be_the_last(tmp_path, corpus, monkeypatch):
+  """Stopped before each rename, and before each shard: the next call gives the same files."""
+  inline(monkeypatch)
+  inputs = [config_lib.SourceConfig('a', 'jsonl', str(corpus))]
+  build_dataset.build(inputs, 'bytes', tmp_path / 'whole', 1)
+  expected = built(tmp_path / 'whole')
+  for stop in range(0, 20, 3):
+    calls = []
+
+    def count(step, stop=stop, calls=calls):
+      def stepped(*args):
+        calls.append(1)
+        if len(calls) > stop:
+          raise RuntimeError('killed')
+        return step(*args)
+      return stepped
+
+    out = tmp_path / f'a{stop}'
+    with monkeypatch.context() as patch:
+      patch.setattr(build_dataset, 'build_shard', count(build_dataset.build_shard))
+      patch.setattr(build_dataset.os, 'replace', count(os.replace))
+      if stop < 16:
+        with pytest.raises(RuntimeError, match='killed'):
+          build_dataset.build(inputs, 'bytes', out, 1)
+        if stop < 15:
+          assert not megatron.with_ending(out, '.idx').exists()
+      else:
+        build_dataset.build(inputs, 'bytes', out, 1)
+    build_dataset.build(inputs, 'bytes', out, 1)
+    assert built(out) == expected
+
+
+@pytest.mark.parametrize('shares', [(0.6, 0.85), pytest.param(range(8), marks=pytest.mark.slow)], ids=['twice', 'often'])
+def test_killed_at_any_moment(tmp_path, corpus, shares):
+  """Real processes, killed with SIGKILL (the parent alone: its workers must not live on), then run to the end."""
+  if len(shares) > 2:
+    shares = [random.uniform(0.3, 1) for _ in shares]
+  started = time.monotonic()
+  subprocess.run(command(corpus, tmp_path / 'whole'), env=environment(), check=True, capture_output=True)
+  took = time.monotonic() - started
+  expected = built(tmp_path / 'whole')
+  for share in shares:
+    process = subprocess.Popen(command(corpus, tmp_path / 'a'), env=environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    time.sleep(share * took)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  deadline = time.monotonic() + 20
+  while alive(process.pid) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  assert not alive(process.pid)  # in the session of the killed parent
+  subprocess.run(command(corpus, tmp_path / 'a'), env=environment(), check=True, capture_output=True)
+  assert built(tmp_path / 'a') == expected
+  assert not megatron.with_ending(tmp_path / 'a', '.shards').exists()
+
+
+def alive(session):
+  """Processes of a session that are not zombies."""
+  found = []
+  for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+    try:
+      fields = path.read_text().rpartition(')')[2].split()
+    except OSError:
+      continue
+    if int(fields[3]) == session and fields[0] != 'Z':
+      found.append(path.parent.name)
+  return found
+
+
+def test_mistakes_are_one_line_and_change_nothing(tmp_path, corpus, monkeypatch, capsys):
+  inline(monkeypatch)
+  (tmp_path / 'taken.bin').write_bytes(b'mine')
+  (tmp_path / 'empty.jsonl').write_text('')
+  before = sorted(tmp_path.glob('*'))
+  for argv, message in (
+    (['--input', 'jsonl:/missing', '--out', f'{tmp_path}/a'], "path '/missing': no such file"),
+    (['--input', f'{corpus}', '--out', f'{tmp_path}/a'], 'is no source'),
+    (['--input', f'jsonl:{corpus}', '--out', f'{tmp_path}/a', '--tokenizer', 'x.json'], 'data.tokenizer: x.json: No such file'),
+    (['--input', f'jsonl:{corpus}', '--out', f'{tmp_path}/a', '--workers', '0'], '--workers: 0'),
+    (['--input', f'jsonl:{corpus}', '--out', f'{tmp_path}/taken'], 'taken.bin exists and was not made by this tool'),
+    (['--input', f'jsonl:{corpus}', '--out', f'{tmp_path}/taken.bin/a'], '--out: cannot write'),
+    (['--input', 'stdlib:nothing', '--out', f'{tmp_path}/a'], "'nothing': a stdlib source is one of code, prose"),
+  ):
+    assert build_dataset.main(argv) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith('error: ') and message in said[0]
+    assert [path for path in sorted(tmp_path.glob('*')) if path.name != 'cache'] == before
+  assert build_dataset.main(['--input', f'jsonl:{tmp_path}/empty.jsonl', '--out', f'{tmp_path}/a']) == 2
+  assert 'no document in it' in capsys.readouterr().err and not list(tmp_path.glob('a.bin'))
+
+
+def test_two_processes_do_not_build_the_same(tmp_path, corpus, monkeypatch):
+  inline(monkeypatch)
+  (tmp_path / 'a.shards').mkdir()
+  with (tmp_path / 'a.shards' / 'lock').open('w') as lock:
+    build_dataset.fcntl.flock(lock, build_dataset.fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match='another process is building'):
+      build_dataset.build([config_lib.SourceConfig('a', 'jsonl', str(corpus))], 'bytes', tmp_path / 'a', 1)
+
+
+def test_a_truncated_archive_leaves_nothing(tmp_path, corpus, monkeypatch, capsys):
+  inline(monkeypatch)
+  path = corpus / '09.jsonl.gz'
+  path.write_bytes(path.read_bytes()[:-9])
+  argv = ['--input', f'jsonl:{corpus}', '--out', str(tmp_path / 'a')]
+  assert build_dataset.main(argv) == 2
+  assert '09.jsonl.gz: the archive is truncated; its last whole line is line' in capsys.readouterr().err
+  assert not [path for path in tmp_path.glob('a.*') if path.name != 'a.shards']
