@@ -30,7 +30,7 @@ PEER_LOST = 75  # exit code: run the same command again, on the same or another 
 USER_ERROR = 2
 TOGETHER = (0, 3, 75)  # exit codes that all processes come to by themselves
 WAIT = 300.0  # seconds that processes may start after each other
-HEARTBEAT = 8  # seconds without one after which a process counts as lost
+HEARTBEAT = 6  # seconds without one after which a process counts as lost
 GOODBYE = 5.0  # seconds that a process which fails waits for the others to have heard it
 FOREVER = 10**8  # milliseconds
 # What the errors of collectives, and of Orbax's barriers, have in common when another process is gone.

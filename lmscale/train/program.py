@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lmscale.config import Config
 from lmscale.generate.sample import make_generate
 from lmscale.models import model, stack
+from lmscale.parallel import distributed
 from lmscale.parallel.layout import make_layout, map_layout
 from lmscale.parallel.mesh import MANUAL, make_mesh
 from lmscale.parallel.rules import make_rules
@@ -38,6 +39,7 @@ class Program:
     self.mesh = make_mesh(config.mesh, devices)
     self._emulated = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == 'cpu'
     self._plan = make_step_plan(config, self.mesh)
+    self._programs: dict[Any, Any] = {}
     self._whole = NamedSharding(self.mesh, PartitionSpec())
     self._rows = NamedSharding(self.mesh, PartitionSpec(None, 'data'))
     self._params = map_layout(lambda leaf: NamedSharding(self.mesh, leaf.stored), self._plan.layout)
@@ -113,10 +115,22 @@ class Program:
 
   def _run(self, function: Any, *args: Any) -> Any:
     with jax.set_mesh(self.mesh), self._precision():
+      if distributed.count() > 1:
+        function = self._compiled(function, *args)
       result = function(*args)
     # Emulated CPU devices share one thread pool, in which two programs in flight could each hold the threads that the
     # other's collectives wait for.
     return jax.block_until_ready(result) if self._emulated else result
+
+  def _compiled(self, function: Any, *args: Any) -> Any:
+    """`function` (jitted, always called with the same shapes) compiled, by every process.
+
+    Gloo waits 30 seconds for the other processes to come to a collective: less than compiling may take one of them longer.
+    """
+    if function not in self._programs:
+      self._programs[function] = function.lower(*args).compile()
+      distributed.wait_for_all(f'compiled {len(self._programs)}')
+    return self._programs[function]
 
   def _precision(self) -> contextlib.AbstractContextManager:
     """float32 means float32: accelerators would otherwise multiply it in TF32 or bfloat16."""
