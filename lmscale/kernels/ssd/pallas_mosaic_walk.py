@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Q = 64  # Tokens per chunk: what one wgmma takes, and with q = 128 the kernels spill.
 STAGES = 2
-MEMORY_REGISTERS = 24
+MEMORY_REGISTERS = 32
 
 CS, CS_DT, DT, E, W = range(5)  # The rows of `vectors`.
 
@@ -106,7 +106,7 @@ def walk(x, r, c, v, start, D, state, *, reverse: bool, save: bool):
     D_g = None if D is None else next(refs)
     state_g, out_g, final_g = (next(refs) for _ in range(3))
     saved_g = next(refs) if save else None
-    state_s, tile_s = refs
+    state_s, tile_s, D_s, D_arrived = refs
     batch, block = lax.axis_index('batch'), lax.axis_index('heads')
     group = block * heads // (h // g)
     wg = lax.axis_index('wg')
@@ -116,6 +116,9 @@ def walk(x, r, c, v, start, D, state, *, reverse: bool, save: bool):
       return chunks - 1 - step if reverse else step
 
     def compute(pipeline):
+      if D is not None:
+        plgpu.copy_gmem_to_smem(D_g.at[head], D_s.at[wg], D_arrived.at[wg])
+        plgpu.barrier_wait(D_arrived.at[wg])
       final = pipeline(load(state_g.at[batch, head], plgpu.Layout.WGMMA, optimized=False))
       final_g[batch, head] = final
       plgpu.wait_smem_to_gmem(0)
@@ -144,7 +147,7 @@ def walk(x, r, c, v, start, D, state, *, reverse: bool, save: bool):
       out *= rows(load(v_w.at[scale_row], ROW), (Q, p))
       if D is not None:
         x_f = load(x_s.at[mine], plgpu.Layout.WGMMA).astype(jnp.float32)
-        out += x_f * columns(load(D_g.at[head], COLUMN, optimized=False), (Q, p))
+        out += x_f * columns(load(D_s.at[wg], COLUMN), (Q, p))
       state *= v_w[E, Q - 1]
 
       def accumulate(refs):
@@ -186,7 +189,10 @@ def walk(x, r, c, v, start, D, state, *, reverse: bool, save: bool):
   kernel = plgpu.kernel(
     body,
     out_type=tuple(out_type),
-    scratch_types=(tile((heads, p, n), dtype), tile((heads, Q, p), dtype)),
+    scratch_types=(
+      tile((heads, p, n), dtype), tile((heads, Q, p), dtype),
+      *((None, None) if D is None else (plgpu.SMEM((heads, p), jnp.float32), plgpu.Barrier(num_barriers=heads))),
+    ),
     grid=(b, h // heads),
     grid_names=('batch', 'heads'),
     num_threads=heads + 1,
