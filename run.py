@@ -193,11 +193,13 @@ def plan_job(config: Config, as_json: bool) -> int:
   """Prints what a run needs. Devices are not touched; mesh.data = -1 counts as 1."""
   import jax
 
+  from lmscale.plan.activations import check_kernels
   from lmscale.plan.report import format_report, make_report
 
   jax.config.update('jax_platforms', 'cpu')  # shapes only, but tracing them must not take hold of an accelerator
   config = fill_data(config, config.mesh.pipe * config.mesh.tensor)
   check_mesh(config)
+  check_kernels(config)
   report = make_report(config)
   print(json.dumps(report, indent=2) if as_json else format_report(report))
   return 0
@@ -215,6 +217,7 @@ def train_job(config: Config, folder: str) -> int:
   import jax
 
   from lmscale.data.loader import Loader
+  from lmscale.plan.activations import check_kernels
   from lmscale.plan.devices import describe_peak
   from lmscale.plan.report import format_report, make_report
   from lmscale.train import loop
@@ -223,6 +226,7 @@ def train_job(config: Config, folder: str) -> int:
 
   if config.train.init_from and not (pathlib.Path(folder).expanduser() / 'checkpoints').is_dir():
     loop.initial_checkpoints(config.train.init_from)
+  check_kernels(mesh_config, jax.default_backend())
   report = make_report(mesh_config)
   say(format_report(report))
   say(f'peak              {describe_peak(jax.devices()[0].device_kind, config.train.compute_dtype, jax.device_count())}')

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lmscale.config import Config, ModelConfig
+from lmscale.config import Config, ConfigError, ModelConfig
 from lmscale.models import stack
 from lmscale.models.context import Context
 from lmscale.models.layers import LAYERS
@@ -30,6 +30,29 @@ def layer_activations(config: Config, kind: str, remat: str) -> int:
     return stream + inside // mesh.tensor
   mixer_input = model.d_model * train.seq_len * jnp.dtype(train.compute_dtype).itemsize
   return mixer_input + (stream - mixer_input + inside) // mesh.tensor
+
+
+NAMED = {'M': 'mamba2', 'm': 'mamba', '*': 'attention'}  # layer kind -> the group of fields that names its kernel
+GPU_ONLY = ('pallas_triton', 'pallas_mosaic', 'cudnn')
+
+
+def check_kernels(config: Config, backend: str | None = None) -> None:
+  """Asks the layers, on shapes alone, whether the kernels that the config names can do it.
+
+  backend: where the kernels are to run (jax.default_backend()); None: not here.
+
+  Raises:
+    ConfigError: they cannot, and why.
+  """
+  for kind in set(config.model.layers) & set(NAMED):
+    field = f'model.{NAMED[kind]}.implementation'
+    name = getattr(config.model, NAMED[kind]).implementation
+    if name in GPU_ONLY and backend not in (None, 'gpu'):
+      raise ConfigError(f'{field}: {name} runs on an NVIDIA GPU, and the devices here are of kind {backend!r}; set auto')
+    try:
+      layer_activations(config, kind, 'none')
+    except ValueError as error:
+      raise ConfigError(f'{field}: {error}') from error
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 """What a layer keeps for its backward pass."""
 
-from lmscale.config import Config, from_dict
-from lmscale.plan.activations import layer_activations
+import pytest
+
+from lmscale.config import Config, ConfigError, from_dict
+from lmscale.plan.activations import check_kernels, layer_activations
 
 S, D, F, H = 64, 32, 128, 4
 
@@ -60,3 +62,16 @@ def test_half_the_bytes_in_bfloat16_except_for_accumulators():
   for kind in 'Mm*-':
     single, half = (layer_activations(build(compute_dtype=dtype), kind, 'none') for dtype in ('float32', 'bfloat16'))
     assert single / 2 < half < single
+
+
+@pytest.mark.parametrize(
+  'model,backend,message',
+  [
+    ({'mamba2': {'implementation': 'pallas_mosaic'}}, None, r'model.mamba2.implementation: ssd: .* not yet checked'),
+    ({'mamba2': {'implementation': 'pallas_triton'}}, 'cpu', "runs on an NVIDIA GPU, and the devices here are of kind 'cpu'"),
+    ({'mamba2': {'implementation': 'pallas_triton', 'head_dim': 256}}, None, 'ssd: .* head_dim 256'),
+  ],
+)
+def test_a_kernel_that_cannot_do_it_is_refused_by_its_field(model, backend, message):
+  with pytest.raises(ConfigError, match=message):
+    check_kernels(from_dict({'model': {'pattern': 'M', **model}}), backend)
