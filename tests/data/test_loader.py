@@ -4,12 +4,16 @@ import json
 import subprocess
 import sys
 
+import made
 import numpy as np
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data import document, entropy, stdlib
+from lmscale.data import document, entropy, megatron, stdlib
+from lmscale.data import loader as loader_lib
 from lmscale.data.loader import Loader
+from lmscale.data.tokenizer import get_tokenizer
+from lmscale.train.workdir import check_identity
 
 SEQ_LEN = 32
 DATA_KEYS = {'tokens', 'labels', 'segment_ids', 'positions'}
@@ -141,6 +145,7 @@ def test_sources_of_weight_zero_are_not_opened(config):
 def test_user_errors(config):
   for broken, message in [
       (change(config, tokenizer='bpe'), 'data.tokenizer'),
+      (change(config, tokenizer='/missing.json'), 'data.tokenizer: /missing.json: No such file'),
       (change(config, sources=()), 'data.sources'),
       (change(config, sources=(config_lib.SourceConfig('x', 'text', '/missing'),)), '/missing'),
       (dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=10**6)), 'train.seq_len'),
@@ -172,3 +177,107 @@ def test_standard_library_through_the_loader(config, monkeypatch):
   assert [entry['documents'] for entry in loader.summary()] == [5, 5]
   assert bytes(loader.stores[0].tokens[:4].tolist()) == b'r"""'
   assert (batch['segment_ids'] >= 1).all()
+
+
+# Sampling weights of MT-NLG's fifteen sets in percent, in the order of its data table (arXiv 2201.11990).
+MT_NLG = [14.3, 19.3, 5.7, 2.9, 4.8, 0.9, 1.0, 0.2, 9.4, 1.4, 1.6, 13.0, 15.7, 9.0, 0.9]
+
+
+def test_the_fifteen_weights_of_mt_nlg(config, tmp_path):
+  """The share of each source in what the loader gives: exact at the ends of blocks, within sampling error in between."""
+  sources = []
+  for i, weight in enumerate(MT_NLG):
+    path = tmp_path / f'{i}.jsonl'
+    path.write_text(f'{json.dumps({"text": chr(97 + i) * 50 * (i + 1)})}\n' * 4)  # 15 letters, and sizes that differ
+    sources.append(config_lib.SourceConfig(chr(97 + i), 'jsonl', str(path), weight))
+  loader = Loader(change(config, sources=tuple(sources), validation=0.0))
+  shares = np.array(MT_NLG) / sum(MT_NLG)
+  block = loader.blend.block
+  first = loader.batch(0, range(2 * block))['tokens'].min(axis=1) - 97  # the smallest id of a row: its letter, not the end
+  for samples in (block, 2 * block):
+    counts = np.bincount(first[:samples], minlength=15)
+    assert np.abs(counts - samples * shares).max() < 1
+    epochs = loader.epochs(samples)
+    assert epochs == {name: counts[i] / loader.samplers[i].windows_per_epoch for i, name in enumerate('abcdefghijklmno')}
+  assert epochs['a'] > 1 > epochs['o']  # small sources are passed over several times
+  half = np.bincount(first[:block // 2], minlength=15)
+  assert (np.abs(half - block / 2 * shares) <= 1 + 4 * np.sqrt(block / 2 * shares * (1 - shares))).all()
+  assert [entry['weight'] for entry in loader.summary()] == pytest.approx(shares.tolist())
+
+
+@pytest.fixture(scope='module')
+def bpe(tmp_path_factory):
+  return made.make_bpe(tmp_path_factory.mktemp('bpe') / 'tokenizer.json')
+
+
+def vocabulary(config, size):
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=size))
+
+
+def test_another_tokenizer_is_another_cache_and_is_told_on_resume(config, bpe):
+  first, other = Loader(config), Loader(vocabulary(change(config, tokenizer=bpe), 320))
+  assert other.vocab == 315 and other.tokenizer.identity == get_tokenizer(bpe).identity
+  ids = other.stores[0].tokens[:other.stores[0].offsets[1] - 1]
+  assert other.tokenizer.decode(ids) == first.tokenizer.decode(first.stores[0].tokens[:first.stores[0].offsets[1]])
+  with pytest.raises(config_lib.ConfigError) as caught:
+    check_identity(first.identity, other.identity, 'W')
+  changed = str(caught.value).splitlines()[1:]
+  assert changed == [f'  tokenizer: "bytes-v1" -> "{get_tokenizer(bpe).identity}"']
+  with pytest.raises(config_lib.ConfigError, match='model.vocab = 264.*315'):
+    Loader(change(config, tokenizer=bpe))
+
+
+def test_bytes_per_token_are_those_of_the_samples(config, bpe):
+  """Counted by decoding each predicted token; the documents' ends are predicted too and stand for no text."""
+  for source, rel in ((config.data.sources, 0.03), (config.data.sources[:1], 0.03)):
+    for tokenizer in ('bytes', bpe):
+      loader = Loader(vocabulary(change(config, tokenizer=tokenizer, sources=source), 320), 'validation')
+      samples = loader.samples_per_epoch
+      labels = loader.batch(0, range(samples))['labels']
+      labels = labels[labels >= 0]
+      decoded = sum(len(loader.tokenizer.decode([i]).encode()) for i in labels)
+      assert loader.bytes_per_token(samples) == pytest.approx(decoded / len(labels), rel=rel)
+      assert loader.bytes_per_token(samples) == loader.bytes_per_token(samples)
+  assert loader.bytes_per_token(0) is None
+
+
+def test_bytes_per_token_are_exact_for_whole_documents(config, tmp_path):
+  (tmp_path / 'one.txt').write_text('x' * 3 * SEQ_LEN)  # and its end: three windows of all its tokens but the first
+  source = config_lib.SourceConfig('one', 'text', str(tmp_path / 'one.txt'))
+  loader = Loader(change(config, sources=(source,), validation=0.0))
+  assert loader.bytes_per_token(3) == pytest.approx(3 * SEQ_LEN / (3 * SEQ_LEN + 1), rel=1e-12)
+
+
+def test_all_kinds_in_one_blend(config, tmp_path):
+  with megatron.Writer(tmp_path / 'c', '<u2') as writer:
+    for i in range(40):
+      writer.add(np.array([*b'0123456789' * (i + 1), 256]))
+  prepared = made.prepare(tmp_path / 'tfds')
+  sources = (*config.data.sources, config_lib.SourceConfig('c', 'megatron', str(tmp_path / 'c.idx')),
+             config_lib.SourceConfig('d', 'tfds', str(prepared), 1.0, 'tokens'))
+  loader = Loader(change(config, sources=sources, validation=0.1))
+  batch = loader.batch(0, range(600))
+  digits = (batch['tokens'] >= 48) & (batch['tokens'] < 58)
+  assert (digits.mean(axis=1) > 0.9).sum() == pytest.approx(100, abs=15)
+  assert [entry['name'] for entry in loader.summary()] == ['a', 'b', 'c', 'd']
+  assert Loader(change(config, sources=sources, validation=0.1)).identity == loader.identity
+  assert loader.bytes_per_token(8) is None  # nobody knows the bytes behind c
+
+
+def test_the_entropy_of_a_large_source_is_that_of_its_beginning(config, monkeypatch, caplog):
+  loader = Loader(change(config, sources=config.data.sources[:1]))
+  monkeypatch.setattr(loader_lib, 'ENTROPY_TOKENS', 500)
+  assert loader.order1_entropy() == pytest.approx(entropy.order1_entropy(loader.stores[0].tokens[:500], 257, end=256))
+  assert 'a: the order-1 entropy is that of its first 500 of 4,740 tokens' in caplog.text
+
+
+def test_training_and_validation_hash_the_text_once(config, monkeypatch):
+  from lmscale.data import files
+  hashed = []
+  real = hashlib.file_digest
+  monkeypatch.setattr(files, 'SETTLED', -1.0)
+  monkeypatch.setattr(files.hashlib, 'file_digest', lambda *args: hashed.append(1) or real(*args))
+  Loader(config)
+  assert len(hashed) == 41
+  Loader(config, 'validation')
+  assert len(hashed) == 41
