@@ -1,12 +1,16 @@
-"""Attention against a NumPy loop: grouped heads, documents, key-value cache."""
+"""Attention against a NumPy loop: grouped heads, documents, key-value cache, chunks of queries, cuDNN's adapter."""
+
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.test_util import check_grads
 
-from lmscale.kernels.attention import attention
+from lmscale.kernels.attention import api, attention, xla
 
 SEGMENTS = np.array([[1, 1, 1, 2, 3, 3, 0], [5, 5, 0, 5, 6, 6, 6]])
 SHAPES = {'mha': (4, 4), 'gqa': (4, 2), 'mqa': (3, 1)}
@@ -15,7 +19,7 @@ SHAPES = {'mha': (4, 4), 'gqa': (4, 2), 'mqa': (3, 1)}
 def make(h, g, b=2, t=7, s=7, d=5, dtype=np.float64):
   rng = np.random.default_rng(0)
   shapes = {'q': (b, t, h, d), 'k': (b, s, g, d), 'v': (b, s, g, d)}
-  return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+  return {name: jnp.asarray(rng.normal(size=shape).astype(dtype)) for name, shape in shapes.items()}
 
 
 def loop(q, k, v, q_positions, k_positions, q_segments, k_segments):
@@ -118,3 +122,171 @@ def test_errors_are_one_clear_line():
     attention(**make(4, 3, dtype=np.float32))
   with pytest.raises(ValueError, match='both q_segments and k_segments'):
     attention(**make(4, 2, dtype=np.float32), q_segments=SEGMENTS)
+
+
+def differentiate(arguments, implementation=None, **segments):
+  """The output and the gradient of a weighted sum of it with respect to q, k and v."""
+  weights = np.random.default_rng(1).normal(size=arguments['q'].shape)
+
+  def loss(arguments):
+    out = attention(**arguments, **segments, implementation=implementation)
+    return jnp.sum(weights.astype(out.dtype) * out), out
+
+  return jax.jit(jax.grad(loss, has_aux=True))(arguments)[::-1]
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_chunks_of_queries_change_nothing(packed, monkeypatch, assert_close):
+  """Chunks of three queries, the last one filled up, against all seven at once."""
+  segments = {'q_segments': SEGMENTS, 'k_segments': SEGMENTS} if packed else {}
+  with jax.enable_x64(True):
+    want = differentiate(make(4, 2), **segments)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, 'xla', functools.partial(xla.attention_xla, chunk=3))
+    assert_close(differentiate(make(4, 2), **segments), want, 1e-12)
+
+
+def test_memory_grows_with_a_chunk_of_queries_not_with_all(largest_array, kept_bytes, monkeypatch):
+  arguments = make(2, 2, b=1, t=64, s=64, d=4, dtype=np.float32)
+
+  def gradient_size():
+    return largest_array(jax.grad(lambda a: jnp.sum(attention(**a))), arguments)
+
+  per_token = 64 * 16  # bytes, for positions and the like
+  assert kept_bytes(lambda a: attention(**a), arguments) <= sum(a.nbytes for a in arguments.values()) + per_token
+  assert gradient_size() >= 2 * 64 * 64
+  monkeypatch.setitem(api.IMPLEMENTATIONS, 'xla', functools.partial(xla.attention_xla, chunk=8))
+  assert gradient_size() <= 2 * 64 * 8
+
+
+def test_gradients_of_shared_keys_are_summed_in_float32(assert_close):
+  """One key-value head under many queries and chunks: a sum in bfloat16 would lose them."""
+  rng = np.random.default_rng(0)
+  arguments = {name: jnp.asarray(rng.uniform(size=(1, 1500, heads, 4)), jnp.bfloat16)
+               for name, heads in (('q', 4), ('k', 1), ('v', 1))}  # fmt: skip
+
+  def gradient(arguments):
+    return jax.jit(jax.grad(lambda a: jnp.sum(attention(**a).astype(jnp.float32))))(arguments)
+
+  exact = gradient({name: a.astype(jnp.float32) for name, a in arguments.items()})
+  assert_close(gradient(arguments)['v'], exact['v'], 1e-2)
+
+
+# cuDNN --------------------------------------------------------------------------------------------------------------
+
+PACKED = np.array([[1, 1, 1, 2, 3, 3, 0, 0], [5, 5, 0, 5, 6, 6, 6, 6]])
+
+
+@pytest.fixture
+def cudnn_by_xla(monkeypatch):
+  """jax.nn.dot_product_attention with its XLA implementation in place of cuDNN: the adapter's arguments, executed."""
+  calls, real = [], jax.nn.dot_product_attention
+
+  def stand_in(*args, implementation, **options):
+    calls.append((implementation, sorted(options)))
+    in_float32 = real(*(a.astype(jnp.float32) for a in args), implementation='xla', **options)
+    return in_float32.astype(args[0].dtype)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
+  return calls
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_the_cudnn_adapter_maps_its_arguments(packed, cudnn_by_xla, assert_close):
+  arguments = make(4, 2, t=8, s=8, d=8, dtype=np.float16)
+  segments = {'q_segments': PACKED, 'k_segments': PACKED} if packed else {}
+  got = differentiate(arguments, 'cudnn', **segments)
+  assert cudnn_by_xla == [('cudnn', ['is_causal', 'mask'] if packed else ['is_causal'])]
+  assert_close(got, differentiate(arguments, 'xla', **segments), 5e-3)
+  if packed:
+    assert np.all(np.asarray(got[0])[PACKED == 0] == 0)
+
+
+def check_no_leak(implementation):
+  """Another first document, and another padding, leave every bit of the other documents' outputs and gradients."""
+  arguments = make(4, 2, t=8, s=8, d=8, dtype=np.float16)
+  first = PACKED == PACKED[:, :1]
+  other = {name: jnp.where((first | (PACKED == 0))[..., None, None], 7 - 3 * a, a) for name, a in arguments.items()}
+  segments = {'q_segments': PACKED, 'k_segments': PACKED}
+  before, after = (jax.tree.map(np.asarray, differentiate(a, implementation, **segments)) for a in (arguments, other))
+  rest = ~first & (PACKED != 0)
+  assert np.any(before[0][first] != after[0][first])
+  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    np.testing.assert_array_equal(a[rest], b[rest])
+    assert np.all(b[PACKED == 0] == 0)
+
+
+def test_no_document_sees_another():
+  check_no_leak('xla')
+
+
+def test_no_document_sees_another_through_the_cudnn_adapter(cudnn_by_xla):
+  check_no_leak('cudnn')
+  assert cudnn_by_xla
+
+
+@pytest.mark.gpu
+def test_no_document_sees_another_in_cudnn():
+  check_no_leak('cudnn')
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('packed', [False, True])
+def test_cudnn_equals_xla_on_a_gpu(packed, assert_close):
+  arguments = make(8, 2, t=1024, s=1024, d=64, dtype=jnp.bfloat16)
+  ids = np.sort(np.random.default_rng(2).integers(0, 5, (2, 1024)))[:, ::-1]
+  segments = {'q_segments': ids, 'k_segments': ids} if packed else {}
+  assert_close(differentiate(arguments, 'cudnn', **segments), differentiate(arguments, 'xla', **segments), 2e-2)
+
+
+def test_cudnn_lowers_for_cuda(monkeypatch):
+  """The custom calls of both passes, for a cuDNN and a GPU that JAX is told are there."""
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_compute_capability', lambda capability: True)
+  arguments = {name: jax.ShapeDtypeStruct((2, 1024, heads, 64), jnp.bfloat16)
+               for name, heads in (('q', 8), ('k', 2), ('v', 2))}  # fmt: skip
+  ids = jax.ShapeDtypeStruct((2, 1024), jnp.int32)
+
+  def gradient(arguments, ids):
+    loss = lambda a: jnp.sum(attention(**a, q_segments=ids, k_segments=ids, implementation='cudnn'))
+    return jax.grad(loss)(arguments)
+
+  for segments, kind in ((None, 'Softmax'), (ids, 'ScaleBiasSoftmax')):
+    text = jax.jit(gradient).trace(arguments, segments).lower(lowering_platforms=('cuda',)).as_text()
+    assert f'__cudnn$fmha{kind}' in text and f'__cudnn$fmha{kind}Backward' in text, kind
+
+
+def test_the_choice(monkeypatch, cudnn_by_xla):
+  arguments = make(4, 2, t=8, s=8, d=8, dtype=np.float16)
+  attention(**arguments)
+  assert not cudnn_by_xla
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  gpu = types.SimpleNamespace(device_kind='NVIDIA H200', compute_capability='9.0')
+  monkeypatch.setattr(jax, 'devices', lambda: [gpu])
+  attention(**arguments)
+  assert len(cudnn_by_xla) == 1
+  attention(**arguments, q_segments=PACKED, k_segments=PACKED)
+  attention(**make(4, 2, t=8, s=8, d=8, dtype=np.float32))
+  attention(**arguments, q_positions=np.arange(8)[None])
+  assert len(cudnn_by_xla) == 1
+  old = types.SimpleNamespace(device_kind='NVIDIA A100', compute_capability='8.0')
+  monkeypatch.setattr(jax, 'devices', lambda: [old])
+  attention(**make(1, 1, t=8, s=8, d=136, dtype=np.float16))
+  assert len(cudnn_by_xla) == 1
+
+
+CUDNN_REFUSES = {
+  'float32': (make(4, 2, d=8, dtype=np.float32), {}, 'cuDNN has bfloat16 and float16'),
+  'cache': (make(4, 2, d=8, dtype=np.float16), {'q_positions': np.arange(7)[None]}, 'key-value cache'),
+  'lengths': (make(4, 2, t=3, d=8, dtype=np.float16), {}, '3 queries and 7 keys'),
+  'head_dim': (make(4, 2, d=5, dtype=np.float16), {}, 'head_dim 5 is not a multiple of 8'),
+  'odd': (make(4, 2, d=8, dtype=np.float16), {'q_segments': SEGMENTS, 'k_segments': SEGMENTS}, 'an odd length, 7'),
+}
+
+
+@pytest.mark.parametrize('case', CUDNN_REFUSES)
+def test_a_named_implementation_is_strict(case):
+  arguments, options, message = CUDNN_REFUSES[case]
+  with pytest.raises(ValueError, match=f"'cudnn' cannot do this: .*{message}.*; 'xla' can"):
+    attention(**arguments, **options, implementation='cudnn')
+  with pytest.raises(ValueError, match="implementation 'triton' is unknown; choose one of xla, cudnn"):
+    attention(**arguments, implementation='triton')
