@@ -328,7 +328,7 @@ def plain_warnings() -> None:
 
 if __name__ == '__main__':
   plain_warnings()
-  code = main()
-  if code == USER_ERROR and '--debug' not in sys.argv:
-    sys.unraisablehook = lambda _: None  # tracebacks of what other packages' threads were doing when the run was given up
-  sys.exit(code)
+  if '--debug' not in sys.argv:  # what goes wrong in a save or a restore is told by us, in one line
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None  # tracebacks of what Orbax's threads were doing when it was given up
+  sys.exit(main())
