@@ -12,7 +12,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 
-from lmscale.kernels import segments
+from lmscale.kernels import platform, segments
 from lmscale.kernels.ssd import scan, xla
 from lmscale.kernels.ssd_update import ssd_update
 
@@ -96,8 +96,7 @@ def _choose(x, B, chunk, name, deterministic, interpret):
   if interpret and name != 'pallas_triton':
     raise ValueError(f"ssd: interpret=True is for implementation 'pallas_triton', not {name!r}")
   if name is None:
-    nvidia = jax.default_backend() == 'gpu' and jax.devices()[0].device_kind.startswith('NVIDIA')
-    can = nvidia and _load('pallas_triton').unsupported(x, B, chunk or PALLAS_CHUNK) is None
+    can = platform.nvidia() and _load('pallas_triton').unsupported(x, B, chunk or PALLAS_CHUNK) is None
     name = 'pallas_triton' if can else 'xla'
   if name not in IMPLEMENTATIONS:
     raise ValueError(f"ssd: implementation '{name}' is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")

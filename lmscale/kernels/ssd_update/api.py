@@ -1,8 +1,14 @@
 """One decoding step of the SSD: choice of implementation and checks."""
 
+import functools
+import importlib
+
 import jax
 
+from lmscale.kernels import platform
 from lmscale.kernels.ssd_update.xla import ssd_update_xla
+
+IMPLEMENTATIONS = ('xla', 'pallas_triton')
 
 
 def ssd_update(
@@ -32,7 +38,8 @@ def ssd_update(
     D: [h] or [h, p]. z: [b, h, p].
     slots: [b] int32, the row of the pool that belongs to each row of x, none twice. The pool's other rows stay as
       they are, to the bit. A slot outside the pool marks an idle row: it starts from zero and nothing is stored.
-    implementation: 'xla'. None chooses.
+    implementation: 'xla', or 'pallas_triton' (one NVIDIA GPU kernel, in place). None chooses: 'pallas_triton' on an
+      NVIDIA GPU where it can do the dtypes, else 'xla'.
     interpret: run 'pallas_triton' on the CPU, slowly, for tests.
 
   Returns:
@@ -41,5 +48,46 @@ def ssd_update(
   Raises:
     ValueError: shapes that do not fit, an unknown implementation, or a named one that cannot do what is asked.
   """
-  y, state = ssd_update_xla(state, x, dt, A, B, C, D, z, slots)
+  _check(state, x, dt, A, B, C, D, z, slots)
+  run = _choose(state, x, implementation, interpret)
+  y, state = run(state, x, dt, A, B, C, D, z, slots)
   return y.astype(x.dtype), state
+
+
+def _choose(state, x, name, interpret):
+  if interpret and name != 'pallas_triton':
+    raise ValueError(f"ssd_update: interpret=True is for implementation 'pallas_triton', not {name!r}")
+  if name is None:
+    name = 'pallas_triton' if platform.nvidia() and _pallas().unsupported(state, x) is None else 'xla'
+  if name not in IMPLEMENTATIONS:
+    known = ', '.join(IMPLEMENTATIONS)
+    raise ValueError(f"ssd_update: implementation '{name}' is unknown; choose one of {known}")
+  if name == 'xla':
+    return ssd_update_xla
+  reason = _pallas().unsupported(state, x)
+  if reason is not None:
+    raise ValueError(f"ssd_update: implementation '{name}' cannot do this: {reason}")
+  return functools.partial(_pallas().ssd_update_pallas_triton, interpret=interpret)
+
+
+def _pallas():
+  """Imported where it is used: Pallas is slow to import."""
+  return importlib.import_module('lmscale.kernels.ssd_update.pallas_triton')
+
+
+def _check(state, x, dt, A, B, C, D, z, slots):
+  if state.ndim != 4 or x.ndim != 3 or B.ndim != 3:
+    shapes = f'{state.shape}, {x.shape} and {B.shape}'
+    raise ValueError(f'ssd_update: state is [b, h, p, n], x [b, h, p] and B [b, g, n], but their shapes are {shapes}')
+  b, h, p = x.shape
+  g, n = B.shape[1:]
+  if h % g:
+    raise ValueError(f'ssd_update: {h} heads (x.shape[1]) do not divide into {g} groups (B.shape[1])')
+  wanted = {
+    'state': (state, (b if slots is None else state.shape[0], h, p, n)), 'dt': (dt, (b, h)), 'A': (A, (h,)),
+    'B': (B, (b, g, n)), 'C': (C, (b, g, n)), 'D': (D, (h,) if D is None or D.ndim == 1 else (h, p)),
+    'z': (z, x.shape), 'slots': (slots, (b,)),
+  }  # fmt: skip
+  for name, (value, shape) in wanted.items():
+    if value is not None and value.shape != shape:
+      raise ValueError(f'ssd_update: {name} has shape {value.shape}, but x {x.shape} and B {B.shape} need {shape}')
