@@ -221,6 +221,7 @@ def train_job(config: Config, folder: str) -> int:
   from lmscale.plan.devices import describe_peak
   from lmscale.plan.report import format_report, make_report
   from lmscale.train import loop
+  from lmscale.train.goodput import process_start
   from lmscale.train.program import Program
   from lmscale.train.workdir import open_workdir
 
@@ -245,6 +246,7 @@ def train_job(config: Config, folder: str) -> int:
       report['flops_per_token'],
       loader.tokenizer,
       reference=loader.order1_entropy() if loader.vocab <= SMALL_VOCABULARY and distributed.is_first() else None,
+      began=process_start(),
     )
   if code == loop.DONE:
     say(NEXT.format(workdir=workdir.path), file=sys.stderr)

@@ -267,7 +267,7 @@ def test_train_hands_the_loop_what_it_needs(capsys, monkeypatch, tmp_path):
 
   seen = {}
 
-  def train(config, made, loader, held_out, workdir, flops, tokenizer, reference):
+  def train(config, made, loader, held_out, workdir, flops, tokenizer, reference, began):
     seen.update(config=config, flops=flops, reference=reference, rows=loader.batch(0, range(2))['tokens'].shape)
     return 75
 

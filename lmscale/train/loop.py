@@ -31,6 +31,7 @@ from lmscale.parallel import distributed
 from lmscale.plan.devices import device_peak_flops
 from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.console import Console, printable, quantity
+from lmscale.train.goodput import Goodput
 from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
 from lmscale.train.schedule import Schedule, StepPlan
 from lmscale.train.spikes import SpikeWatch
@@ -51,24 +52,29 @@ def train(
   flops_per_token: float,
   tokenizer: Any = None,
   reference: float | None = None,
+  began: float | None = None,
 ) -> int:
   """Trains to config.train.steps and returns an exit code (see the constants above).
 
   program: see `train.program.Program`. loader, val_loader: rows by sample number; `loader.identity` (JSON) says which
   data they are. tokenizer: for samples; None where loop.sample_every is 0. reference: a loss to compare
-  with, in nats per token (the order-1 entropy).
+  with, in nats per token (the order-1 entropy). began: when the process started, on the clock of `time.monotonic`.
 
   Raises:
     ConfigError: the checkpoint does not fit the model or the data.
   """
-  schedule = Schedule(config)
+  schedule, goodput = Schedule(config), Goodput(began)
   peak = device_peak_flops(jax.devices()[0].device_kind, config.train.compute_dtype)
   peak = peak and peak * jax.device_count()
   with Interrupt() as interrupt, Checkpointer(workdir.checkpoints, config.loop.keep) as checkpoints:
     complete = (checkpoints.latest() or 0) >= schedule.steps
-    begin = (None, checkpoints.latest(), 0) if complete else _begin(config, program, loader, workdir, checkpoints)
+    begin = (None, checkpoints.latest(), 0) if complete else _begin(
+      config, program, loader, workdir, checkpoints, goodput
+    )
     state, start, skipped = begin
     first = distributed.is_first()
+    if first:
+      goodput.resume(workdir.path, start)
     with (
       MetricsWriter(workdir.path, start) if first else contextlib.nullcontext() as writer,
       open(os.devnull, 'w') as nowhere,
@@ -78,16 +84,23 @@ def train(
     ):
       if start:
         console.say(f'{"complete" if complete else "going on"}: {workdir.path} is at step {start} of {schedule.steps}')
-      run = Run(config, program, loader, val_loader, tokenizer, schedule, checkpoints, writer, console, skipped)
-      code = DONE if complete else run.steps(state, start, interrupt)
-      checkpoints.wait()
+      run = Run(config, program, loader, val_loader, tokenizer, schedule, checkpoints, writer, console, goodput, skipped)
+      with goodput.spent_on('steps'):
+        code = DONE if complete else run.steps(state, start, interrupt)
+      with goodput.spent_on('saving'):
+        checkpoints.wait()
       if code == DONE and first:
-        _finish(console, workdir, reference)
+        with goodput.spent_on('other'):
+          _finish(console, workdir, reference)
+      if first:
+        goodput.record(workdir.path, checkpoints.latest() or 0)
+        console.end()
+        console.say(goodput.describe())
   return code
 
 
 def _begin(
-  config: Config, program: Any, loader: Any, workdir: Workdir, checkpoints: Checkpointer
+  config: Config, program: Any, loader: Any, workdir: Workdir, checkpoints: Checkpointer, goodput: Goodput
 ) -> tuple[Any, int, int]:
   """(state, steps taken, steps skipped): of this run's newest good checkpoint, else of a new run.
 
@@ -96,9 +109,10 @@ def _begin(
   if checkpoints.latest() is None:
     fresh = program.init()
     return (_with_parameters_of(config.train.init_from, program, fresh) if config.train.init_from else fresh), 0, 0
-  tree, meta = checkpoints.restore(program.abstract_canonical())
-  check_identity(meta['data'], _identity(loader), workdir.path)
-  return program.from_canonical(tree), meta['step'], meta['skipped']
+  with goodput.spent_on('restore'):
+    tree, meta = checkpoints.restore(program.abstract_canonical())
+    check_identity(meta['data'], _identity(loader), workdir.path)
+    return program.from_canonical(tree), meta['step'], meta['skipped']
 
 
 def initial_checkpoints(folder: str) -> pathlib.Path:
@@ -131,6 +145,7 @@ class Run:
   checkpoints: Checkpointer
   writer: MetricsWriter | None  # on the first process
   console: Console
+  goodput: Goodput
   skipped: int  # steps so far
   clock: 'Clock' = dataclasses.field(default_factory=lambda: Clock())
   spikes: SpikeWatch = dataclasses.field(default_factory=SpikeWatch)
@@ -144,7 +159,8 @@ class Run:
     """
     unread = None
     self.console.say('compiling the step')
-    for plan, batch in _batches(self.program, self.loader, self.schedule, start):
+    batches = _batches(self.program, self.loader, self.schedule, start)
+    for plan, batch in self.goodput.waiting(batches):
       state, metrics = self.program.step(state, batch)
       if unread and not self.log(*unread):
         return NOT_FINITE
@@ -198,9 +214,11 @@ class Run:
         f'are {plan.first_sample}..{plan.first_sample + plan.batch - 1} (optimizer.clip {self.config.optimizer.clip:g} bounds it)'
       )
     if evaluated is not None and within_budget:
-      line |= self.evaluate(evaluated, done)
+      with self.goodput.spent_on('evaluation'):
+        line |= self.evaluate(evaluated, done)
     if self.writer and (self.due(self.config.loop.log_every, done) or evaluated is not None or not ok):
-      self.writer.write({**line, 'tokens_per_second': self.clock.interval()})
+      line |= {'tokens_per_second': self.clock.interval(), 'data_wait': self.goodput.since_last('data_wait')}
+      self.writer.write({**line, 'seconds': {kind: round(s, 3) for kind, s in self.goodput.seconds().items()}})
     return within_budget
 
   def count_skipped(self, plan: StepPlan) -> bool:
@@ -225,7 +243,7 @@ class Run:
   def evaluate(self, state: Any, done: int) -> dict[str, float]:
     """The validation loss in nats per token, and in bits per byte of text where the texts are known."""
     loss, _ = self.program.evaluate(state, self.val_loader, self.config.loop.eval_samples)
-    per_token = self.val_loader.bytes_per_token(self.config.loop.eval_samples)
+    per_token = self.val_loader.bytes_per_token(self.config.loop.eval_samples) if distributed.is_first() else None
     bits = loss / math.log(2) / per_token if per_token else None
     self.console.say(f'step {done}: validation loss {loss:.4f}' + (f', {bits:.4f} bits per byte' if bits is not None else ''))
     return {'val_loss': loss, 'val_bits_per_byte': bits}
@@ -234,7 +252,8 @@ class Run:
     """Writes a sampled text to samples.txt and shows it."""
     loop = self.config.loop
     prompt = [int(i) for i in self.tokenizer.encode(loop.sample_prompt)] or [self.tokenizer.end]
-    tokens = self.program.generate(state, prompt, loop.sample_tokens, loop.temperature, self.config.seed + done)
+    with self.goodput.spent_on('other'):
+      tokens = self.program.generate(state, prompt, loop.sample_tokens, loop.temperature, self.config.seed + done)
     text = printable(loop.sample_prompt + self.tokenizer.decode(tokens))
     if self.writer:
       self.writer.sample(done, text)
@@ -247,7 +266,8 @@ class Run:
     samples = plan.first_sample + plan.batch
     meta = {'step': plan.step + 1, 'samples': samples, 'tokens': samples * self.config.train.seq_len}
     meta |= {'skipped': self.skipped, 'data': _identity(self.loader)}
-    self.checkpoints.save(plan.step + 1, self.program.canonical(state), meta, wait)
+    with self.goodput.spent_on('saving'):
+      self.checkpoints.save(plan.step + 1, self.program.canonical(state), meta, wait)
 
   def stopped(self, done: int) -> int:
     """Says how an interrupted run ended."""

@@ -2,7 +2,8 @@
 
 A line of metrics.jsonl is one step: `step` (steps taken, from 1), `tokens` (consumed so far), `loss` (mean nats per
 counted token), `grad_norm` (before clipping), `learning_rate`, `tokens_per_second` since the line before (compilation
-included); where there was an evaluation also `val_loss` and `val_bits_per_byte`; for a step that was not finite `skipped` (how many
+included), `data_wait` (seconds since the line before in which the loop waited for a batch), `seconds` (of the whole run by kind,
+see `train.goodput`); where there was an evaluation also `val_loss` and `val_bits_per_byte`; for a step that was not finite `skipped` (how many
 so far), `first_sample` and `batch`, with null for numbers that are not finite.
 """
 
@@ -34,7 +35,7 @@ class MetricsWriter:
     self._samples = workdir / 'samples.txt'
     cut_metrics(self._path, resume_step)
     cut_samples(self._samples, resume_step)
-    self._file = self._path.open('a', encoding='utf-8')
+    self._file = self._path.open('a', buffering=1, encoding='utf-8')
     self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=resume_step + 1)
 
   def __enter__(self) -> Self:
@@ -44,11 +45,11 @@ class MetricsWriter:
     self.close()
 
   def write(self, line: dict[str, Any]) -> None:
-    """Adds one line; it is on disk after `flush`. Numbers that are not finite become null."""
+    """Adds one line: it outlives this process at once, and the machine after `flush`. Numbers that are not finite become null."""
     line = {key: value if _writable(value) else None for key, value in line.items()}
     self._file.write(json.dumps(line) + '\n')
     for key, value in line.items():
-      if key not in ('step', 'first_sample') and value is not None:
+      if key not in ('step', 'first_sample', 'seconds') and value is not None:
         self._events.add_scalar(key, value, line['step'])
 
   def sample(self, step: int, text: str) -> None:

@@ -20,6 +20,7 @@ from lmscale.train.optimizer import apply_update, global_norm, make_optimizer
 from lmscale.train.state import TrainState
 from lmscale.train.workdir import open_workdir
 
+TIMINGS = ('tokens_per_second', 'data_wait', 'seconds')
 SIZE = 256  # a 256 x 256 map: with its moments 0.8 MB, long enough to be killed while it is written
 
 CONFIG = Config(
@@ -141,9 +142,9 @@ def stored(folder, step=None):
 
 
 def lines(folder, timings=False):
-  """metrics.jsonl, without its timing key unless `timings`."""
+  """metrics.jsonl, without its timing keys unless `timings`."""
   parsed = [json.loads(text) for text in (pathlib.Path(folder) / 'metrics.jsonl').read_text().splitlines()]
-  return parsed if timings else [{k: v for k, v in line.items() if k != 'tokens_per_second'} for line in parsed]
+  return parsed if timings else [{k: v for k, v in line.items() if k not in TIMINGS} for line in parsed]
 
 
 if __name__ == '__main__':
