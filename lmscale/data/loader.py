@@ -90,8 +90,7 @@ class Loader:
     out = {key: np.empty((len(rows), self.seq_len), np.int32) for key in KEYS}
     for i, row in enumerate(rows):
       source, k = self.blend.source_of(first_sample + row)
-      for key, values in zip(KEYS, self.samplers[source].sample(k), strict=True):
-        out[key][i] = values
+      self.samplers[source].fill(k, *(out[key][i] for key in KEYS))
     return out
 
   def summary(self) -> list[dict[str, Any]]:

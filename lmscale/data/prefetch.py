@@ -10,7 +10,7 @@ T = TypeVar('T')
 POLL = 0.1  # seconds between looks at whether the consumer is gone
 
 
-def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int = 4) -> Iterator[T]:
   """Yields `items` in order, computed in a thread up to `depth` ahead, from the first `next` on.
 
   An exception of `items` is raised in the consumer at its place. Closing the generator (or dropping it) stops the

@@ -33,6 +33,8 @@ class Sampler:
   def __init__(self, name: str, store: TokenStore, split: str, fraction: float, seq_len: int, seed: int):
     """The documents of `split` where `fraction` is held out. Raises ConfigError if they do not fill one window."""
     self.name, self.store, self.seq_len = name, store, seq_len
+    self._tokens = np.asarray(store.tokens)  # not as a memmap, whose slices take five times as long
+    self._count = np.arange(seq_len, dtype=np.int32)
     documents = store.documents(split, fraction)
     lengths = store.offsets[documents + 1] - store.offsets[documents]
     self.documents, self.lengths = documents[lengths > 0], lengths[lengths > 0]  # Megatron's may be empty
@@ -53,13 +55,13 @@ class Sampler:
     windows = order.permutation(self.windows_per_epoch, 'windows', epoch, *self._key)
     return Epoch(self.documents[shuffled], starts, windows)
 
-  def _window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """(documents [n] that sample `index` touches, where each begins in its row, and seq_len + 1: int64 [n + 1])."""
+  def _window(self, index: int) -> tuple[np.ndarray, list[int], int]:
+    """(documents [n] that sample `index` touches, where each begins and the last ends in the stream, the sample's begin)."""
     epoch = self._epoch(index // self.windows_per_epoch)
     begin = int(epoch.windows[index % self.windows_per_epoch]) * self.seq_len
-    end = begin + self.seq_len + 1
-    first, last = np.searchsorted(epoch.starts, (begin, end - 1), 'right') - 1
-    return epoch.documents[first:last + 1], epoch.starts[first:last + 2] - begin
+    first = int(epoch.starts.searchsorted(begin, 'right')) - 1
+    last = int(epoch.starts.searchsorted(begin + self.seq_len, 'right'))
+    return epoch.documents[first:last], epoch.starts[first:last + 1].tolist(), begin
 
   def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(tokens, labels, segment_ids, positions), each int32 [seq_len].
@@ -67,20 +69,23 @@ class Sampler:
     segment_ids number the row's documents from 1; positions restart at 0 at each document and at the row's start.
     labels are the next tokens, -1 at a document's last token: what follows it is another document.
     """
-    length = self.seq_len + 1
-    documents, starts = self._window(index)
-    begins, ends = np.clip(starts[:-1], 0, length), np.clip(starts[1:], 0, length)
-    row = np.empty(length, np.int32)
-    sources = self.store.offsets[documents] - starts[:-1]
-    for source, begin, end in zip(sources.tolist(), begins.tolist(), ends.tolist(), strict=True):
-      row[begin:end] = self.store.tokens[source + begin:source + end]
-    counts = ends - begins
-    segments = np.repeat(np.arange(1, len(documents) + 1, dtype=np.int32), counts)
-    positions = np.arange(length, dtype=np.int32) - np.repeat(begins.astype(np.int32), counts)
-    labels = row[1:].copy()
-    lasts = starts[1:] - 1
-    labels[lasts[lasts < self.seq_len]] = -1
-    return row[:-1], labels, segments[:-1], positions[:-1]
+    arrays = tuple(np.empty(self.seq_len, np.int32) for _ in range(4))
+    self.fill(index, *arrays)
+    return arrays
+
+  def fill(self, index: int, tokens: np.ndarray, labels: np.ndarray, segments: np.ndarray, positions: np.ndarray) -> None:
+    """Writes `sample(index)` into arrays [seq_len]."""
+    documents, starts, begin = self._window(index)
+    for k, source in enumerate(self.store.offsets[documents].tolist()):
+      at, end = max(starts[k] - begin, 0), min(starts[k + 1] - begin, self.seq_len + 1)  # in the row and its look-ahead
+      source += begin - starts[k]
+      inside = min(end, self.seq_len)
+      tokens[at:inside] = self._tokens[source + at:source + inside]
+      labels[at:end - 1] = self._tokens[source + at + 1:source + end]
+      if end <= self.seq_len:
+        labels[end - 1] = -1
+      segments[at:inside] = k + 1
+      positions[at:inside] = self._count[:inside - at]
 
   def text_bytes(self, index: int) -> tuple[float, int]:
     """(bytes of text that the labels of sample `index` stand for, labels).
@@ -92,7 +97,7 @@ class Sampler:
     """
     if self.store.text_bytes is None:
       raise ValueError(f'source {self.name!r}: the bytes of its texts are not known')
-    documents, starts = self._window(index)
-    labels = np.diff(np.clip(starts, 0, self.seq_len + 1)) - 1
-    tokens = self.store.offsets[documents + 1] - self.store.offsets[documents]
-    return float(np.sum(labels * (self.store.text_bytes[documents] / tokens))), int(labels.sum())
+    documents, starts, begin = self._window(index)
+    labels = np.diff(np.clip(starts, begin, begin + self.seq_len + 1)) - 1
+    per_token = self.store.text_bytes[documents] / (self.store.offsets[documents + 1] - self.store.offsets[documents])
+    return float(np.sum(labels * per_token)), int(labels.sum())
