@@ -242,10 +242,11 @@ def test_bfloat16(assert_close):
 
 
 def test_no_state_per_token(largest_array):
-  arguments = make(b=1, l=128, h=4, p=4, g=2, n=4, dtype=np.float32)
+  l = 512
+  arguments = make(b=1, l=l, h=4, p=4, g=2, n=4, dtype=np.float32)
   weights = random_weights(arguments)
-  limit = 128 * 4 * 16  # b l h (p n), and b l h q with q = 16
-  segments = np.ones((1, 128), int)
+  limit = l * 4 * 16  # b l h (p n), and b l h q with q = 16
+  segments = np.ones((1, l), int)
 
   def size(implementation):
     function = functools.partial(differentiate, implementation=implementation, chunk=16)

@@ -20,10 +20,11 @@ def chunk_decay(dt: jax.Array, A: jax.Array, document: jax.Array | None, q: int)
   """
   b, l, h = dt.shape
   log_decay = jnp.maximum(dt * A, jnp.log(jnp.finfo(dt.dtype).tiny)).reshape(b, l // q, q, h)
-  visible = jnp.tril(jnp.ones((q, q), bool))
-  if document is not None:
+  earlier = jnp.tril(jnp.ones((q, q), bool))
+  if document is None:
+    cs = jnp.einsum('ij,bcjh->bcih', earlier.astype(dt.dtype), log_decay, precision=jax.lax.Precision.HIGHEST)
+  else:
     doc = document.reshape(b, l // q, q)
-    visible = visible & (doc[..., :, None] == doc[..., None, :])
-  visible = jnp.broadcast_to(visible.astype(dt.dtype), (b, l // q, q, q))
-  cs = jnp.einsum('bcij,bcjh->bcih', visible, log_decay, precision=jax.lax.Precision.HIGHEST)
+    visible = (earlier & (doc[..., :, None] == doc[..., None, :])).astype(dt.dtype)
+    cs = jnp.einsum('bcij,bcjh->bcih', visible, log_decay, precision=jax.lax.Precision.HIGHEST)
   return cs.reshape(b, l, h)

@@ -1,82 +1,236 @@
-"""Chunked SSD: matmuls within a chunk, a scan that carries the state from chunk to chunk (arXiv 2405.21060, section 6).
+"""Chunked SSD: matmuls within a chunk, a state carried from chunk to chunk (arXiv 2405.21060, section 6).
 
-With cs the cumulative sum of dt A within a chunk and document, and H the state that enters it:
+With cs from `chunk_decay`, L_ij = exp(cs_i - cs_j) for i >= j in one document else 0, and H the state that enters:
 
-  M_ij = (C_i . B_j) exp(cs_i - cs_j) dt_j     for i >= j in one document, else 0
-  y_i  = sum_j M_ij x_j + exp(cs_i) H C_i      the second term for tokens of the entering state's document
-  H   <- exp(cs_last) H + sum_j exp(cs_last - cs_j) dt_j x_j B_j^T    of the last token's document
+  y_i  = sum_j L_ij (C_i . B_j) dt_j x_j + exp(cs_i) H C_i     the second term for tokens of H's document
+  H   <- exp(cs_last) H + sum_j exp(cs_last - cs_j) dt_j x_j B_j^T     of the last token's document
 
-Masks are applied before exp, so every exponent is at most 0. The body is rematerialised: what the backward pass keeps
-of a chunk is its inputs and the state at its start.
+Masks are applied before exp, so every exponent is at most 0. Chunks are taken a few at a time (a block): their matmuls
+are batched, then the state walks through them. What is kept for the backward pass is the inputs and the state at the
+start of every block; the backward pass walks the blocks in reverse, computes a block again, and carries the
+gradient G of the state. With S_ij = C_i . B_j, it is, dM_ij = dy_i . x_j:
+
+  d(dt x)_j = sum_i L_ij S_ij dy_i + exp(cs_last - cs_j) G B_j        dS_ij = sum over a group's heads of dM_ij L_ij dt_j
+  dC_i = sum_j dS_ij B_j + sum over heads of exp(cs_i) H^T dy_i        dB_j alike, from dS^T C and G^T x_j
+  G   <- exp(cs_last) G + sum_i exp(cs_i) dy_i C_i^T
+
+and dcs, ddt from the same products. Layouts: heads are [groups g, heads per group r] and never merge with the batch, so
+that the partitioner cuts them without communication; H is [b, g, r, p, n], so that all heads of a group are one matmul.
+In the backward pass the [q, q] matrices are transposed, [j, i]. Sums of products are einsums: XLA's CPU compiler
+vectorises those and not a fused multiply and reduce.
+
+No array is indexed by a flat position: slices go along l in blocks, so sizes beyond 2^31 elements are XLA's business.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lmscale.kernels.ssd.decay import chunk_decay
+
+BLOCK_TOKENS = 128  # what is held at a time of [q, q] matrices and states; a cache's worth on a CPU
+BLOCK_CHUNKS = 8  # their walk is unrolled
+
 
 def default_chunk() -> int:
-  """Tokens per chunk where the caller names none."""
-  return 64
+  """Tokens per chunk where the caller names none: measured on a CPU; elsewhere the width of a matrix unit."""
+  return 64 if jax.default_backend() == 'cpu' else 128
 
 
 def ssd_xla(x, dt, A, B, C, D, state, document, chunk):
-  """Shapes and dtypes as in `api`. Heads are [groups, heads per group] inside and never merge with the batch."""
+  """Shapes and dtypes as in `api`. Differentiable once, in reverse: the backward pass has no derivative itself."""
   b, l, h, p = x.shape
   g, n = B.shape[2:]
   q = min(chunk, l)
-  split = functools.partial(_split, q=q)
-  heads = (g, h // g)
-  if document is None:
-    docs = None
-  else:
-    docs = split(jnp.pad(document, ((0, 0), (0, -l % q)), mode='edge'))
-    docs = (docs, jnp.pad(docs[:-1, :, -1], ((1, 0), (0, 0))))
-  chunks = (split(x.reshape(b, l, *heads, p)), split(dt.reshape(b, l, *heads)), split(B), split(C), docs)
-  body = jax.checkpoint(functools.partial(_chunk, A.reshape(heads)), prevent_cse=False)
-  state, y = jax.lax.scan(body, state.reshape(b, *heads, p, n), chunks)
-  y = jnp.moveaxis(y, 0, 1).reshape(b, -1, h, p)[:, :l]
+  chunks = -(-l // q)
+  blocks = -(-chunks // min(max(BLOCK_TOKENS // q, 1), BLOCK_CHUNKS))
+  k = -(-chunks // blocks)
+  missing = blocks * k * q - l
+  x, dt, B, C = (jnp.pad(m, ((0, 0), (0, missing)) + ((0, 0),) * (m.ndim - 2)) for m in (x, dt, B, C))
+  if document is not None:
+    document = jnp.pad(document, ((0, 0), (0, missing)), mode='edge')
+  cs = chunk_decay(dt, A, document, q)
+  x, dt, cs = (m.reshape(b, -1, g, h // g, *m.shape[3:]) for m in (x, dt, cs))
   if D is not None:
-    y += D.reshape(h, -1) * x.astype(y.dtype)
-  return y, state.reshape(b, h, p, n)
+    D = jnp.broadcast_to(D.reshape(h, -1), (h, p)).reshape(g, h // g, p)
+  state = state.reshape(b, g, h // g, p, n)
+  y, state = _walk((k, q), x, dt, cs, B, C, D, state, document)
+  return y.reshape(b, -1, h, p)[:, :l], state.reshape(b, h, p, n)
 
 
-def _split(m, q):
-  """[b, l, ...] -> [chunks, b, q, ...], padded with zeros: dt = 0 leaves the state as it is."""
-  m = jnp.pad(m, ((0, 0), (0, -m.shape[1] % q)) + ((0, 0),) * (m.ndim - 2))
-  return jnp.moveaxis(m.reshape(m.shape[0], -1, q, *m.shape[2:]), 1, 0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _walk(block, x, dt, cs, B, C, D, state, document):
+  """(y [b, l, g, r, p] in x.dtype, state). x as y; dt, cs [b, l, g, r]; B, C [b, l, g, n]; D [g, r, p]."""
+  y, state, _ = _forward(block, x, dt, cs, B, C, D, state, document, save=False)
+  return y, state
 
 
-def _chunk(A, state, inputs):
-  """One chunk. state [b, g, r, p, n]; x [b, q, g, r, p]; dt [b, q, g, r]; B, C [b, q, g, n]; y as x, in acc."""
-  x, dt, B, C, docs = inputs
-  acc, q = state.dtype, x.shape[1]
-  einsum = functools.partial(jnp.einsum, preferred_element_type=acc)
-  visible = jnp.broadcast_to(jnp.tril(jnp.ones((q, q), bool)), (x.shape[0], q, q))
-  from_state = to_end = kept = None
-  if docs is not None:
-    doc, entering = docs
-    visible &= doc[:, :, None] == doc[:, None, :]
-    from_state = (doc == entering[:, None])[..., None, None]
-    to_end = (doc == doc[:, -1:])[..., None, None]
-    kept = (entering == doc[:, -1])[:, None, None]
-  # A decay below the smallest normal number is 0 for every purpose; without this bound one huge dt would cost the
-  # later differences of cs their digits. The matmul is a cumulative sum that restarts with every document, so that
-  # no gradient of dt, not even a rounding error, crosses a boundary.
-  log_decay = jnp.maximum(dt * A, jnp.log(jnp.finfo(acc).tiny))
-  cs_t = einsum('bij,bjgr->bgri', visible.astype(acc), log_decay, precision=jax.lax.Precision.HIGHEST)
-  cs = jnp.moveaxis(cs_t, -1, 1)
-  decay = _masked_exp(cs_t[..., :, None] - cs_t[..., None, :], visible[:, None, None])
-  scores = einsum('bign,bjgn->bgij', C, B)
-  mix = scores[:, :, None] * decay * jnp.moveaxis(dt, 1, -1)[..., None, :]
-  y = einsum('bgrij,bjgrp->bigrp', mix.astype(x.dtype), x)
-  y += _masked_exp(cs, from_state)[..., None] * einsum('bign,bgrpn->bigrp', C, state.astype(x.dtype))
-  weight = _masked_exp(cs[:, -1:] - cs, to_end) * dt
-  update = einsum('bjgrp,bjgn->bgrpn', (weight[..., None] * x).astype(x.dtype), B)
-  state = _masked_exp(cs[:, -1], kept)[..., None, None] * state + update
-  return state, y
+def _walk_fwd(block, x, dt, cs, B, C, D, state, document):
+  y, state, starts = _forward(block, x, dt, cs, B, C, D, state, document, save=True)
+  return (y, state), (x, dt, cs, B, C, D, starts, document)
 
 
-def _masked_exp(exponent, mask):
+def _forward(block, x, dt, cs, B, C, D, state, document, save):
+  blocks = x.shape[1] // (block[0] * block[1])
+  tokens = (x, dt, cs, B, C, _documents(document, block[1]))
+
+  def body(i, carry):
+    y, state, starts = carry
+    if save:
+      starts = jax.lax.dynamic_update_index_in_dim(starts, state, i, 0)
+    y_i, state = _block(_cut(tokens, i, block), D, state)
+    return _put(y, y_i, i), state, starts
+
+  starts = jnp.zeros((blocks, *state.shape), state.dtype) if save else None
+  return _loop(blocks, body, (jnp.zeros(x.shape, x.dtype), state, starts))
+
+
+def _walk_bwd(block, saved, cotangents):
+  x, dt, cs, B, C, D, starts, document = saved
+  dy, dstate = cotangents
+  blocks = starts.shape[0]
+  tokens = (x, dt, cs, B, C, _documents(document, block[1]), dy)
+
+  def body(i, carry):
+    i = blocks - 1 - i
+    gradients, dD, dstate = carry
+    start = jax.lax.dynamic_index_in_dim(starts, i, 0, keepdims=False)
+    *cut, dy_i = _cut(tokens, i, block)
+    parts, dD_i, dstate = _block_vjp(cut, D, start, dy_i, dstate)
+    gradients = tuple(_put(whole, part, i) for whole, part in zip(gradients, parts, strict=True))
+    return gradients, None if D is None else dD + dD_i, dstate
+
+  zeros = tuple(jnp.zeros(m.shape, m.dtype) for m in (x, dt, cs, B, C))
+  gradients, dD, dstate = _loop(blocks, body, (zeros, None if D is None else jnp.zeros_like(D), dstate))
+  return *gradients, dD, dstate, None
+
+
+_walk.defvjp(_walk_fwd, _walk_bwd)
+
+
+def _loop(count, body, carry):
+  return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+
+
+def _documents(document, q):
+  """(document, that of the token before its chunk), both [b, l]."""
+  if document is None:
+    return None
+  before = jnp.pad(document[:, q - 1 : -1 : q], ((0, 0), (1, 0)))
+  return document, jnp.repeat(before, q, axis=1)
+
+
+def _cut(tokens, i, block):
+  """Block i of arrays [b, l, ...], as [b, k, q, ...]."""
+  k, q = block
+
+  def cut(m):
+    return jax.lax.dynamic_slice_in_dim(m, i * k * q, k * q, 1).reshape(m.shape[0], k, q, *m.shape[2:])
+
+  return jax.tree.map(cut, tokens)
+
+
+def _put(whole, part, i):
+  """`whole` [b, l, ...] with block i from `part` [b, k, q, ...]."""
+  part = part.reshape(part.shape[0], -1, *part.shape[3:]).astype(whole.dtype)
+  return jax.lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[1], 1)
+
+
+class _Masks(NamedTuple):
+  """Which decays of a block exist, see the module's docstring; None: all."""
+
+  visible: jax.Array  # [b or 1, k or 1, 1, 1, q, q] as [i, j]
+  reached: jax.Array | None  # [b, k, q, 1, 1]: the token is of the entering state's document
+  leaves: jax.Array | None  # [b, k, q, 1, 1]: it is of the leaving state's document
+  kept: jax.Array | None  # [b, k, 1, 1]: both states are of one document
+
+
+def _masks(documents, q):
+  visible = jnp.tril(jnp.ones((q, q), bool))[None, None]
+  if documents is None:
+    return _Masks(visible[:, :, None, None], None, None, None)
+  document, before = documents
+  last = document[:, :, -1:]
+  visible &= document[..., :, None] == document[..., None, :]
+  reached, leaves = document == before, document == last
+  return _Masks(
+    visible[:, :, None, None], reached[..., None, None], leaves[..., None, None], (before == last)[:, :, -1:, None]
+  )
+
+
+def _decay(exponent, mask):
   return jnp.exp(exponent if mask is None else jnp.where(mask, exponent, -jnp.inf))
+
+
+def _through(decay, update, state):
+  """The states that enter each of a block's chunks, [b, k, g, r, p, n], and the one that leaves the last."""
+  states = []
+  for i in range(update.shape[1]):
+    states.append(state)
+    state = decay[:, i, ..., None, None] * state + update[:, i]
+  return jnp.stack(states, axis=1), state
+
+
+def _block(tokens, D, state):
+  """(y [b, k, q, g, r, p], the leaving state) of one block."""
+  x, dt, cs, B, C, documents = tokens
+  q, dtype, acc = x.shape[2], x.dtype, state.dtype
+  einsum = functools.partial(jnp.einsum, preferred_element_type=acc)
+  masks = _masks(documents, q)
+  cs_t, dt_t = (jnp.moveaxis(m, 2, -1) for m in (cs, dt))  # [b, k, g, r, q]
+  weight = _decay(cs[:, :, -1:] - cs, masks.leaves) * dt
+  update = einsum('bkjgn,bkjgrp->bkgrpn', B, (weight[..., None] * x).astype(dtype))
+  states, state = _through(_decay(cs[:, :, -1], masks.kept), update, state)
+  S = einsum('bkign,bkjgn->bkgij', C, B)
+  L = _decay(cs_t[..., :, None] - cs_t[..., None, :], masks.visible)
+  M = (S[:, :, :, None] * L * dt_t[..., None, :]).astype(dtype)
+  y = jnp.moveaxis(einsum('bkgrij,bkjgrp->bkgrip', M, x), 4, 2)
+  y += _decay(cs, masks.reached)[..., None] * einsum('bkign,bkgrpn->bkigrp', C, states.astype(dtype))
+  return y if D is None else y + D * x.astype(acc), state
+
+
+def _block_vjp(tokens, D, state, dy, dstate):
+  """((dx, ddt, dcs, dB, dC), dD, the gradient of the entering state) of one block. All in acc."""
+  x, dt, cs, B, C, documents = tokens
+  q, dtype, acc = x.shape[2], x.dtype, state.dtype
+  einsum = functools.partial(jnp.einsum, preferred_element_type=acc)
+  total = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+  masks = _masks(documents, q)
+  cs_t, dt_t = (jnp.moveaxis(m, 2, -1) for m in (cs, dt))  # [b, k, g, r, q]
+  reach, leave = _decay(cs, masks.reached), _decay(cs[:, :, -1:] - cs, masks.leaves)
+  kept = _decay(cs[:, :, -1], masks.kept)
+  x_acc, dy_acc = x.astype(acc), dy.astype(acc)
+  x_leave, dy_reach = ((leave * dt)[..., None] * x_acc).astype(dtype), (reach[..., None] * dy_acc).astype(dtype)
+
+  # The states that enter each chunk, H, and the gradients of those that leave it, G.
+  H, _ = _through(kept, einsum('bkjgn,bkjgrp->bkgrpn', B, x_leave), state)
+  inflow = einsum('bkign,bkigrp->bkgrpn', C, dy_reach)
+  G, dstate = _through(kept[:, ::-1], inflow[:, ::-1], dstate)
+  G = G[:, ::-1]
+  H_x, G_x = H.astype(dtype), G.astype(dtype)
+  CH, BG = einsum('bkign,bkgrpn->bkigrp', C, H_x), einsum('bkjgn,bkgrpn->bkjgrp', B, G_x)
+
+  # Within the chunk, [j, i]: K is the map from dt x to y.
+  x_t, dy_t = jnp.moveaxis(x, 2, 4), jnp.moveaxis(dy, 2, 4).astype(dtype)  # [b, k, g, r, q, p]
+  L = _decay(cs_t[..., None, :] - cs_t[..., :, None], jnp.swapaxes(masks.visible, -1, -2))
+  K = einsum('bkjgn,bkign->bkgji', B, C)[:, :, :, None] * L
+  dM = einsum('bkgrjp,bkgrip->bkgrji', x_t, dy_t)
+  dS = total('bkgrji,bkgrji->bkgji', dM * dt_t[..., None], L).astype(dtype)
+
+  d_dtx = jnp.moveaxis(einsum('bkgrji,bkgrip->bkgrjp', K.astype(dtype), dy_t), 4, 2) + leave[..., None] * BG
+  dx, dD = dt[..., None] * d_dtx, None
+  if D is not None:
+    dx, dD = dx + D * dy_acc, total('bkigrp,bkigrp->grp', dy_acc, x_acc)
+  dB = einsum('bkgji,bkign->bkjgn', dS, C) + einsum('bkjgrp,bkgrpn->bkjgn', x_leave, G_x)
+  dC = einsum('bkgji,bkjgn->bkign', dS, B) + einsum('bkigrp,bkgrpn->bkign', dy_reach, H_x)
+
+  # Z / dt_j, with Z_ij = dM_ij M_ij: the row sums of Z less its column sums must cancel, so both are of these values.
+  Z = dM * K
+  u = leave * total('bkjgrp,bkjgrp->bkjgr', x_acc, BG)
+  ddt = jnp.moveaxis(total('bkgrji,i->bkgrj', Z, jnp.ones(q, acc)), -1, 2) + u
+  rows = jnp.moveaxis(total('bkgrji,bkgrj->bkgri', Z, dt_t), -1, 2)
+  dcs = rows + reach * total('bkigrp,bkigrp->bkigr', dy_acc, CH) - dt * ddt
+  dcs = dcs.at[:, :, -1].add(jnp.sum(u * dt, axis=2) + kept * total('bkgrpn,bkgrpn->bkgr', H, G))
+  return (dx, ddt, dcs, dB, dC), dD, dstate
