@@ -70,7 +70,7 @@ def _walk(plan, n, p, inputs, outputs):
     if 'left' in outputs:
       tiles.store_state(outputs['left'], G, number, n, p)
     weighted = (decay.from_state()[:, None] * dy).astype(dy.dtype)
-    return decay.through() * G + tiles.dot(C, weighted, G.dtype, trans_a=True)
+    return decay.through() * G + tiles.dot(C, weighted, plan, G.dtype, trans_a=True)
 
   G = jax.lax.fori_loop(0, plan.per_segment, chunk, tiles.load_state(inputs['end'], segment, n, p))
   tiles.store_state(outputs['start'], G, segment, n, p)
@@ -116,7 +116,7 @@ def _chunk(plan, n, p, heads, inputs, outputs):
   number = tiles.program(1)
   start = number * plan.q
   acc, dtype = inputs['dt'].dtype, inputs['x'].dtype
-  dot = functools.partial(tiles.dot, acc=acc)
+  dot = functools.partial(tiles.dot, plan=plan, acc=acc)
 
   def load(r):
     """x, dy, dt and the decay of head r."""

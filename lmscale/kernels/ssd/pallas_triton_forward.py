@@ -53,7 +53,7 @@ def walk(plan: Plan, x, dt, cs, B, C, D, start, document, *, y=False, end=False,
 def _forward(plan, n, p, inputs, outputs):
   """One program."""
   acc, dtype = inputs['dt'].dtype, inputs['x'].dtype
-  dot = functools.partial(tiles.dot, acc=acc)
+  dot = functools.partial(tiles.dot, plan=plan, acc=acc)
   segment = tiles.program(1)
 
   def chunk(i, state):
@@ -66,10 +66,12 @@ def _forward(plan, n, p, inputs, outputs):
     decay = tiles.load_decay(inputs['cs'], inputs['document'], start, plan)
     if 'y' in outputs:
       C = tiles.load_rows(inputs['C'], start, plan, n)
-      mix = dot(C, B, trans_b=True) * decay.between(later_axis=0) * dt[None, :]
-      y = decay.from_state()[:, None] * dot(C, state.astype(dtype)) + dot(mix.astype(dtype), x)
+      # The terms are added in this order to spill the fewest registers.
+      y = decay.from_state()[:, None] * dot(C, state.astype(dtype))
       if inputs['D'] is not None:
         y += tiles.load_row(inputs['D'], p) * x.astype(acc)
+      mix = dot(C, B, trans_b=True) * decay.between(later_axis=0) * dt[None, :]
+      y += dot(mix.astype(dtype), x)
       tiles.store_rows(outputs['y'], y, start, plan, p)
     weighted = ((decay.to_end() * dt)[:, None] * x).astype(dtype)
     return decay.through() * state + dot(B, weighted, trans_a=True)

@@ -178,10 +178,17 @@ def store_state(ref, value, index, n: int, p: int, when=None) -> None:
   pltriton.store(state, value.astype(ref.dtype), mask=mask)
 
 
-def dot(a, b, acc, *, trans_a: bool = False, trans_b: bool = False) -> jax.Array:
-  """a b in `acc`: float32 operands at full precision (no TF32), 16-bit ones on the tensor cores."""
+def dot(a, b, plan: Plan, acc, *, trans_a: bool = False, trans_b: bool = False) -> jax.Array:
+  """a b in `acc`, on the tensor cores.
+
+  float32 operands are split in two TF32 numbers each and three products are added, which leaves about the error of
+  float32 (21 of its 24 bits per product); Triton's plain float32 dots use no tensor cores, and at these sizes compile
+  for minutes into code that lives off spilled registers. The interpreter multiplies in float32.
+  """
   contract = ((0 if trans_a else 1,), (1 if trans_b else 0,))
-  precision = None if a.dtype.itemsize == 2 else lax.Precision.HIGHEST
+  precision = None
+  if a.dtype.itemsize > 2:
+    precision = lax.Precision.HIGHEST if plan.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
   return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=acc)
 
 
