@@ -40,7 +40,8 @@ class Run:
   steps: list[int]
   tokens: list[int]
   loss: list[float]
-  seconds: list[float] | None  # of training up to each step; None where the rates were not logged
+  seconds: list[float] | None  # of training up to each step; None where it was not logged
+  wall: float | None  # seconds of the whole run, over all its starts
   rate: float | None  # median tokens per second
   validation: list[tuple[int, float]]  # (index in the lists above, nats per token)
   bits_per_byte: list[float] | None  # of the validation losses
@@ -90,6 +91,7 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
     tokens=[line['tokens'] for line in lines],
     loss=[line['loss'] for line in lines],
     seconds=_seconds(lines),
+    wall=_total(lines[-1].get('seconds')),
     rate=statistics.median(rates) if all(map(_is_number, rates)) else None,
     validation=validation,
     bits_per_byte=bits if bits and all(map(_is_number, bits)) else None,
@@ -97,7 +99,13 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
 
 
 def _seconds(lines: list[dict[str, Any]]) -> list[float] | None:
-  """Seconds spent in steps up to each line, from the rates: a line's is over the tokens since the line before."""
+  """Seconds in steps, and waiting for their data, up to each line.
+
+  A line without them (of an older run) has a rate, over the tokens since the line before, compilation included.
+  """
+  parts = [[_total(line.get('seconds'), (kind,)) for kind in ('steps', 'data_wait')] for line in lines]
+  if not any(part is None for pair in parts for part in pair):
+    return [sum(pair) for pair in parts]
   total, before, out = 0.0, 0, []
   for line in lines:
     rate = line.get('tokens_per_second')
@@ -107,6 +115,12 @@ def _seconds(lines: list[dict[str, Any]]) -> list[float] | None:
     before = line['tokens']
     out.append(total)
   return out
+
+
+def _total(seconds: Any, kinds: tuple[str, ...] | None = None) -> float | None:
+  """The sum of some (or all) entries of a line's `seconds`; None where they are not there."""
+  values = [seconds.get(kind) for kind in kinds or seconds] if isinstance(seconds, dict) else [None]
+  return sum(values) if all(map(_is_number, values)) else None
 
 
 def _is_number(value: Any) -> typing.TypeGuard[float]:
@@ -131,12 +145,12 @@ def table(runs: list[Run]) -> str:
     return [
       run.name, '`' + run.config.model.pattern + '`', _count(parameter_count(run.config.model)), f'{run.steps[-1]:,}',
       f'{run.tokens[-1]:,}', f'{run.flops[-1]:.3g}', duration(run.seconds[-1]) if run.seconds else '-',
-      f'{statistics.mean(recent):.3f}', f'{run.validation[-1][1]:.3f}' if best else '-',
+      duration(run.wall) if run.wall is not None else '-', f'{statistics.mean(recent):.3f}', f'{run.validation[-1][1]:.3f}' if best else '-',
       f'{best[1]:.3f} at {run.steps[best[0]]:,}' if best else '-',
       f'{run.bits_per_byte[-1]:.3f}' if run.bits_per_byte else '-', f'{run.rate:,.0f}' if run.rate else '-',
     ]  # fmt: skip
 
-  head = ['run', 'pattern', 'parameters', 'steps', 'tokens', 'FLOPs', 'time in steps', 'training loss',
+  head = ['run', 'pattern', 'parameters', 'steps', 'tokens', 'FLOPs', 'time in steps', 'wall time', 'training loss',
           'validation loss', 'best', 'bits per byte', 'tokens/s']  # fmt: skip
   return _markdown(head, [row(run) for run in runs])
 

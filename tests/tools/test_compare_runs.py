@@ -42,7 +42,7 @@ def test_table_difference_and_pictures(tmp_path, capsys):
   seconds = 100 / 10 + 100 / 20 + 100 / 30
   assert first == {
     'run': 'a', 'pattern': '`M-!*-`', 'parameters': first['parameters'], 'steps': '3', 'tokens': '300',
-    'FLOPs': f'{flops:.3g}', 'time in steps': f'{seconds:.0f}s', 'training loss': '1.000', 'validation loss': '1.250',
+    'FLOPs': f'{flops:.3g}', 'time in steps': f'{seconds:.0f}s', 'wall time': '-', 'training loss': '1.000', 'validation loss': '1.250',
     'best': '1.125 at 1', 'bits per byte': f'{1.25 / math.log(2):.3f}', 'tokens/s': '20',
   }  # fmt: skip
   assert [_cells(row) for row in changed.splitlines()[2:]] == [
@@ -88,7 +88,13 @@ def test_many_short_runs_of_one_name_without_rates(tmp_path, capsys):
   assert compare_runs.main([*folders, f'--out={tmp_path / "x.svg"}']) == 0
   rows = capsys.readouterr().out.splitlines()
   assert _cells(rows[2])[0] == '0/$run$' and _cells(rows[11])[0] == '9/$run$'
-  assert _cells(rows[2])[6] == _cells(rows[2])[-1] == _cells(rows[2])[8] == '-'
+  assert _cells(rows[2])[6] == _cells(rows[2])[-1] == _cells(rows[2])[9] == '-'
+
+
+def test_measured_seconds_are_used_where_there_are_some(tmp_path, capsys):
+  folder = _run(tmp_path / 'a', [2.0, 1.0], seconds={'startup': 5.0, 'steps': 70.0, 'data_wait': 2.0, 'lost': 4.0})
+  assert compare_runs.main([folder, f'--out={tmp_path / "x.svg"}']) == 0
+  assert _cells(capsys.readouterr().out.splitlines()[2])[6:8] == ['1:12', '1:21']
 
 
 BAD = {
