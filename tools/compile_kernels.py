@@ -29,9 +29,9 @@ from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Compute capability 9.0 in the CUDA C++ programming guide, appendix "Compute Capabilities" (threads, registers, 228 KB
-# of shared memory per multiprocessor, 227 KB of it for one block); NVIDIA H200 datasheet (141 GB at 4.8 TB/s); NVIDIA
-# H100 architecture white paper (132 multiprocessors, 128 FP32 lanes each, 50 MB of L2, 1.98 GHz at most).
+# Compute capability 9.0 in the CUDA C++ programming guide, appendix "Compute Capabilities" (threads, registers, 228
+# KB of shared memory per multiprocessor, 227 KB of it for one block); NVIDIA H200 datasheet (141 GB at 4.8 TB/s);
+# NVIDIA H100 architecture white paper (132 multiprocessors, 128 FP32 lanes each, 50 MB of L2, 1.98 GHz at most).
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024

@@ -1,10 +1,10 @@
 """Runs the bodies of the Mosaic GPU kernels in NumPy: the code itself, with Pallas' names replaced.
 
 JAX's own GPU interpreter has no rule for most of what these kernels use. This one knows only what they use, and is as
-unkind as the hardware may be: an asynchronous copy or wgmma reads its operands at the last moment, when it is waited
-for; shared memory written by threads may not be read by either before `commit_smem`; tiles of the pipeline turn to NaN
-once their step is over, and memory is NaN until it is written. The warpgroups of a program run one after the other, so
-what one hands to another (nothing, but tiles loaded before the loop by warpgroup 0) is not tested.
+unkind as the hardware may be: an asynchronous copy or wgmma reads its operands at the last moment, when it is
+awaited; shared memory written by threads may not be read by either before `commit_smem`; tiles of the pipeline turn
+to NaN once their step is over, and memory is NaN until it is written. The warpgroups of a program run one after the
+other, so what one hands to another (nothing, but tiles loaded before the loop by warpgroup 0) is not tested.
 """
 
 import contextlib

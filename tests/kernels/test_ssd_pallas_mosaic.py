@@ -104,7 +104,8 @@ def test_lowers_for_cuda_with_the_shapes_of_one_device():
   text = jax.jit(local).trace(document, *arguments).lower(lowering_platforms=('cuda',)).as_text()
   calls = [line for line in text.splitlines() if 'custom_call @mosaic_gpu' in line]
   assert len(calls) == 3
-  assert all(f'tensor<{b}x{l}x{h * p // 2}xbf16>' in call and f'tensor<{b}x{l}x{h * p}xbf16>' not in call for call in calls)
+  for call in calls:
+    assert f'tensor<{b}x{l}x{h * p // 2}xbf16>' in call and f'tensor<{b}x{l}x{h * p}xbf16>' not in call
   assert not re.search('all_gather|all_to_all|collective_permute', text)
 
 
@@ -131,8 +132,9 @@ def test_says_what_it_cannot_do(change, reason):
 
 
 def test_is_refused_until_it_ran_on_a_gpu():
-  (x, dt, A, B, C, D, _), _ = jax.eval_shape(functools.partial(_inputs, 1, 64, 2, 1, 64, dtype=jnp.bfloat16))
-  with pytest.raises(ValueError, match="'pallas_mosaic' does not run yet: its numerics were not yet checked on a GPU"):
+  inputs = functools.partial(_inputs, 1, 64, 2, 1, 64, dtype=jnp.bfloat16)
+  (x, dt, A, B, C, D, _), _ = jax.eval_shape(inputs)
+  with pytest.raises(ValueError, match="'pallas_mosaic' does not run yet: its numerics were not yet checked"):
     ssd(x, dt, A, B, C, D=D, implementation='pallas_mosaic')
 
 
@@ -144,7 +146,7 @@ def test_heads_are_split_evenly_until_the_gpu_is_full():
       assert heads % split(heads, programs) == 0
 
 
-# On a GPU. These release the implementation: when they pass on a Hopper GPU, its entry in api.UNCHECKED can go. --------
+# On a GPU. When these pass on a Hopper GPU, the entry of pallas_mosaic in api.UNCHECKED can go -------------------
 
 
 def _hopper():

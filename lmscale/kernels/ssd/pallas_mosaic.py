@@ -1,4 +1,6 @@
-"""SSD on Hopper GPUs: Pallas kernels for Mosaic GPU (TMA, wgmma, warp specialisation). Entry, small arrays, derivative.
+"""SSD on Hopper GPUs: Pallas kernels for Mosaic GPU (TMA, wgmma, warp specialisation).
+
+This file is the entry, the small arrays and the derivative.
 
 XLA computes the decays of every token into one small array, `vectors`, so the kernels contain no sums along the
 sequence and know of documents only the causal mask. The forward pass is a walk over the chunks; the backward pass is
@@ -111,14 +113,14 @@ def scales(cs: jax.Array, dt: jax.Array, document: jax.Array | None, q: int) -> 
 
 
 def vectors(cs: jax.Array, dt: jax.Array, document: jax.Array | None) -> jax.Array:
-  """What the kernels need of every token: [b, h, 5, l], the rows cs, cs - log dt, dt, e and w; logarithms to base 2."""
+  """What the kernels need of every token, [b, h, 5, l]: cs, cs - log dt, dt, e and w; cs and log to base 2."""
   e, w = scales(cs, dt, document, pallas_mosaic_walk.Q)
   cs = cs * LOG2E
   return jnp.stack([cs, cs - jnp.log2(dt), dt, e, w], 2).transpose(0, 3, 2, 1)
 
 
 def starts(document: jax.Array | None) -> jax.Array | None:
-  """[b, l] int32: the index within its chunk of the first token of a token's document; None for one document."""
+  """[b, l] int32: where in its chunk the document of a token starts, as an index; None for one document."""
   if document is None:
     return None
   doc = _chunks(document, pallas_mosaic_walk.Q)

@@ -1,13 +1,13 @@
 """The gradients that need both walks' states, for Hopper (Mosaic GPU): of B, C and of every token's decays.
 
-A program owns one chunk of one group and loops over heads of that group; two compute warpgroups share the tiles that a
-third streams in. With H the state that enters the chunk and G the gradient of the one that leaves it (arXiv
+A program owns one chunk of one group and loops over heads of that group; two compute warpgroups share the tiles that
+a third streams in. With H the state that enters the chunk and G the gradient of the one that leaves it (arXiv
 2405.21060, section 6, differentiated):
 
   warpgroup 0, rows i:   dM = dy x^T     dC += (dM decay dt) B + e (dy H)      de_i = <dy_i H, C_i>
   warpgroup 1, rows j:   dM^T = x dy^T   dB += (dM decay dt)^T C + w (x G)     dw_j = <x_j G, B_j>
 
-dC and dB stay in registers until every head of the program is added, so the sum over heads has one order and no atomics.
+dC and dB stay in registers until every head of the program is added: the sum over heads has one order, no atomics.
 """
 
 import functools
@@ -53,8 +53,9 @@ def outer(x, dy, B, C, v, start, H, G):
     H, G: [b, h, l / q, p, n] like x, the entering states of the forward and of the reverse walk.
 
   Returns:
-    dB, dC [b, l, g, n] float32, and [b, h, 5, l] float32: of token i, sum_j dM_ij M_ij; of token j, sum_i dM_ij M_ij /
-    dt_j; de; dw; and of the chunk's p-th token <G_p, H_p>, the p-th row's part of the gradient of keep.
+    dB, dC [b, l, g, n] float32, and [b, h, 5, l] float32: of token i, sum_j dM_ij M_ij; of token j, sum_i dM_ij M_ij
+    without the factor dt_j of M; de; dw; and of the chunk's p-th token <G_p, H_p>, row p's part of the gradient of
+    keep.
   """
   b, l, h, p = x.shape
   g, n = B.shape[2:]
@@ -75,9 +76,7 @@ def outer(x, dy, B, C, v, start, H, G):
     def side(first_s, second_s, state_s, row_s, column_s, v_s, transposed, carry):
       """One warpgroup's share of a head. Returns the new carry and its sums: of Z, and of the state's term."""
       total, scores = carry
-      differential = pl.run_scoped(
-        functools.partial(_product, first_s, plgpu.transpose_ref(second_s, (1, 0))), plgpu.ACC((Q, Q), jnp.float32)
-      )
+      differential = _product_transposed(first_s, second_s)
       differential *= decay(v_s, start_s, transposed=transposed, dt=False)
       dt = load(v_s.at[DT], ROW if transposed else COLUMN)
       weighted = differential * (rows if transposed else columns)(dt, (Q, Q))
@@ -108,8 +107,8 @@ def outer(x, dy, B, C, v, start, H, G):
         carry, z, dw = side(x_s, dy_s, G_s, B_s, C_s, v_s, True, carry)
         dv_g[batch, head, COLUMN_SUM, tokens] = z
         dv_g[batch, head, DW, tokens] = dw
-        product = load(H_s, plgpu.Layout.WGMMA).astype(jnp.float32) * load(G_s, plgpu.Layout.WGMMA).astype(jnp.float32)
-        dv_g[batch, head, KEEP, tokens] = product.sum(axis=1)
+        enters, leaves = (load(m, plgpu.Layout.WGMMA).astype(jnp.float32) for m in (H_s, G_s))
+        dv_g[batch, head, KEEP, tokens] = (enters * leaves).sum(axis=1)
         return carry
 
       return lax.cond(wg == 0, queries, keys, carry)
@@ -125,16 +124,8 @@ def outer(x, dy, B, C, v, start, H, G):
       plgpu.barrier_wait(arrived)
 
       zero = plgpu.layout_cast(jnp.zeros((Q, n), jnp.float32), plgpu.Layout.WGMMA)
-      s = lax.cond(
-        wg == 0,
-        lambda: pl.run_scoped(
-          functools.partial(_product, C_s, plgpu.transpose_ref(B_s, (1, 0))), plgpu.ACC((Q, Q), jnp.float32)
-        ),
-        lambda: pl.run_scoped(
-          functools.partial(_product, B_s, plgpu.transpose_ref(C_s, (1, 0))), plgpu.ACC((Q, Q), jnp.float32)
-        ),
-      )
-      total, _ = pipeline((zero, s))
+      scores = lax.cond(wg == 0, lambda: _product_transposed(C_s, B_s), lambda: _product_transposed(B_s, C_s))
+      total, _ = pipeline((zero, scores))
 
       @pl.when(wg == 0)
       def _():
@@ -183,6 +174,11 @@ def outer(x, dy, B, C, v, start, H, G):
   return dB, dC, dv
 
 
-def _product(a, b, acc):
-  plgpu.wgmma(acc, a, b)
-  return acc[...]
+def _product_transposed(a, b):
+  """a b^T of two references [q, k]."""
+
+  def product(acc):
+    plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
+    return acc[...]
+
+  return pl.run_scoped(product, plgpu.ACC((Q, Q), jnp.float32))

@@ -62,8 +62,8 @@ def decay(v, start, *, transposed: bool, dt: bool = True):
 
   dt: False leaves the factor dt_j out.
 
-  v: a reference [5, q], the rows of `vectors`. start: a reference [q], the index within the chunk at which the document of
-  a token starts, or None. The mask comes before the exponential, so no exponent is above 0 (of 2).
+  v: a reference [5, q], the rows of `vectors`. start: a reference [q], see `pallas_mosaic.starts`, or None. The mask
+  comes before the exponential, whose argument is thus never above log dt.
   """
   shape = (Q, Q)
   row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
@@ -91,7 +91,8 @@ def walk(x, r, c, v, start, D, state, *, reverse: bool, save: bool):
     reverse: from the last chunk to the first, with the decays transposed. save: also return the entering states.
 
   Returns:
-    out like x; the state after the last chunk; the state that enters each chunk [b, h, l / q, p, n] in x.dtype, or None.
+    out like x; the state after the last chunk; the state that enters each chunk, [b, h, l / q, p, n] in x.dtype, or
+    None.
   """
   b, l, h, p = x.shape
   g, n = r.shape[2:]
