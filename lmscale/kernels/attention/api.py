@@ -7,6 +7,7 @@ they are the places in the row. `cudnn.unsupported` says what cuDNN cannot do.
 import jax
 
 from lmscale.kernels.attention import cudnn, xla
+from lmscale.kernels.platform import nvidia
 
 IMPLEMENTATIONS = {'xla': xla.attention_xla, 'cudnn': cudnn.attention_cudnn}
 
@@ -54,8 +55,7 @@ def attention(
     raise ValueError('attention: give both q_segments and k_segments, or neither')
   arguments = (q, k, v, q_positions, k_positions, q_segments, k_segments)
   if implementation is None:
-    nvidia = jax.default_backend() == 'gpu' and jax.devices()[0].device_kind.startswith('NVIDIA')
-    can = nvidia and q_segments is None and cudnn.unsupported(*arguments) is None
+    can = nvidia() and q_segments is None and cudnn.unsupported(*arguments) is None
     implementation = 'cudnn' if can else 'xla'
   if implementation not in IMPLEMENTATIONS:
     known = ', '.join(IMPLEMENTATIONS)

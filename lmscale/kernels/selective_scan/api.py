@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lmscale.kernels import segments
+from lmscale.kernels.platform import nvidia
 from lmscale.kernels.selective_scan import scan, xla
 
 IMPLEMENTATIONS = ('scan', 'xla', 'pallas_triton')
@@ -87,8 +88,7 @@ def _choose(x, B, chunk, name, deterministic, interpret):
   if interpret and name != 'pallas_triton':
     raise ValueError(f"selective_scan: interpret=True is for implementation 'pallas_triton', not {name!r}")
   if name is None:
-    nvidia = jax.default_backend() == 'gpu' and jax.devices()[0].device_kind.startswith('NVIDIA')
-    can = nvidia and x.shape[1] > 1 and _pallas_triton().unsupported(x, B, chunk) is None
+    can = x.shape[1] > 1 and nvidia() and _pallas_triton().unsupported(x, B, chunk) is None
     name = 'scan' if x.shape[1] == 1 else 'pallas_triton' if can else 'xla'
   if name not in IMPLEMENTATIONS:
     known = ', '.join(IMPLEMENTATIONS)
