@@ -66,7 +66,7 @@ def _walk(plan, n, p, inputs, outputs):
     number = (segment + 1) * plan.per_segment - 1 - i
     start = number * plan.q
     dy, C = tiles.load_rows(inputs['dy'], start, plan, p), tiles.load_rows(inputs['C'], start, plan, n)
-    decay = tiles.load_decay(inputs['cs'], inputs['document'], start, plan)
+    decay = tiles.load_decay(inputs['cs'], inputs.get('document'), start, plan)
     if 'left' in outputs:
       tiles.store_state(outputs['left'], G, number, n, p)
     weighted = (decay.from_state()[:, None] * dy).astype(dy.dtype)
@@ -85,24 +85,28 @@ def gradients(plan: Plan, x, dt, cs, B, C, D, states, left, dy, document) -> dic
   g, n = B.shape[2:]
   parts = _parts(h // g, SIDES * b * g * plan.chunks)
   heads = h // g // parts
-  specs = tiles.group_specs(plan, g, heads, parts, SIDES, n, p)
   inputs = {'x': x, 'dt': dt, 'cs': cs, 'B': B, 'C': C, 'D': D, 'states': states, 'left': left, 'dy': dy,
             'document': document}  # fmt: skip
   outputs = {'dx': jax.ShapeDtypeStruct(x.shape, x.dtype)}
   outputs['ddt'] = outputs['dcs'] = outputs['dcs_H'] = jax.ShapeDtypeStruct(dt.shape, dt.dtype)
   outputs['dcs_last'] = jax.ShapeDtypeStruct((b, h, plan.chunks), dt.dtype)
-  outputs['dB'] = outputs['dC'] = jax.ShapeDtypeStruct((parts, b, l, g, n), B.dtype if parts == 1 else dt.dtype)
   if D is not None:
     outputs['dD'] = jax.ShapeDtypeStruct((b, plan.chunks, h, p), dt.dtype)
+  if parts > 1 and not plan.deterministic:
+    sums, added = jax.ShapeDtypeStruct((1, b, plan.padded, g, tiles.block(n)), dt.dtype), ('dB', 'dC')
+  else:
+    sums, added = jax.ShapeDtypeStruct((parts, b, l, g, n), B.dtype if parts == 1 else dt.dtype), ()
+  outputs['dB'] = outputs['dC'] = sums
+  specs = tiles.group_specs(plan, g, heads, parts, sums.shape[0], SIDES, n, p)
 
   def ssd_backward_chunk(inputs, outputs):
-    _chunk(plan, n, p, heads, inputs, outputs)
+    _chunk(plan, n, p, heads, inputs, outputs, bool(added))
 
   grid = SIDES * parts, plan.chunks, b * g
-  out = tiles.call(ssd_backward_chunk, plan, grid, inputs, outputs, specs, warps=4, stages=3)
+  out = tiles.call(ssd_backward_chunk, plan, grid, inputs, outputs, specs, warps=4, stages=3, added=added)
   dcs = (out['dcs'] + out['dcs_H']).reshape(b, h, plan.chunks, plan.q).at[..., -1].add(out['dcs_last'])
   gradients = {'dx': out['dx'], 'ddt': out['ddt'], 'dcs': dcs.reshape(cs.shape)}
-  gradients |= {name: out[name].sum(axis=0).astype(B.dtype) for name in ('dB', 'dC')}
+  gradients |= {name: out[name].sum(axis=0)[:, :l, :, :n].astype(B.dtype) for name in ('dB', 'dC')}
   return gradients | {'dD': None if D is None else out['dD'].sum(axis=(0, 1))}
 
 
@@ -111,7 +115,7 @@ def _parts(heads, programs):
   return next(d for d in range(1, heads + 1) if heads % d == 0 and (d * programs >= PROGRAMS or d == heads))
 
 
-def _chunk(plan, n, p, heads, inputs, outputs):
+def _chunk(plan, n, p, heads, inputs, outputs, add):
   """One program: neighbours take the three sides of the same chunk, so that what they share comes from memory once."""
   number = tiles.program(1)
   start = number * plan.q
@@ -122,13 +126,20 @@ def _chunk(plan, n, p, heads, inputs, outputs):
     """x, dy, dt and the decay of head r."""
     x, dy = (tiles.load_rows(inputs[name], start, plan, p, head=r) for name in ('x', 'dy'))
     dt = tiles.load_vector(inputs['dt'], start, plan, head=r)
-    return x, dy, dt, tiles.load_decay(inputs['cs'], inputs['document'], start, plan, head=r)
+    return x, dy, dt, tiles.load_decay(inputs['cs'], inputs.get('document'), start, plan, head=r)
 
   def load_group(name):
     return tiles.load_rows(inputs[name], start, plan, n)
 
   def load_state(name, r):
     return tiles.load_state(inputs[name], (number, r), n, p).astype(dtype)
+
+  def store_sum(name, value):
+    """dB or dC of this program's heads: in a place of its own, or added to that of all parts."""
+    if add:
+      tiles.add_rows(outputs[name], value, start, plan)
+    else:
+      tiles.store_rows(outputs[name], value, start, plan, n)
 
   def sum_over_heads(head):
     """head(r) -> (a term of dS, a term through the state); returns their sums."""
@@ -153,7 +164,7 @@ def _chunk(plan, n, p, heads, inputs, outputs):
       dcs = jnp.sum(dt[:, None] * Z, axis=0) - dt * ddt
       dcs += jnp.where(lax.iota(jnp.int32, plan.q) == plan.q - 1, jnp.sum(dt * u), 0)
       dx = dt[:, None] * (dot(K.astype(dtype), dy) + from_G)
-      if inputs['D'] is not None:
+      if 'D' in inputs:
         dx += tiles.load_row(inputs['D'], p, head=r) * dy.astype(acc)
         tiles.store_row(outputs['dD'], jnp.sum(x.astype(acc) * dy.astype(acc), axis=0), (number, r), p)
       tiles.store_rows(outputs['dx'], dx, start, plan, p, head=r)
@@ -175,7 +186,7 @@ def _chunk(plan, n, p, heads, inputs, outputs):
       return dS, dot((from_state[:, None] * dy).astype(dtype), H, trans_b=True)
 
     dS, from_states = sum_over_heads(head)
-    tiles.store_rows(outputs['dC'], dot(dS.astype(dtype), load_group('B')) + from_states, start, plan, n)
+    store_sum('dC', dot(dS.astype(dtype), load_group('B')) + from_states)
 
   def dB_side():
     def head(r):
@@ -186,7 +197,7 @@ def _chunk(plan, n, p, heads, inputs, outputs):
       return dS, dot(((decay.to_end() * dt)[:, None] * x).astype(dtype), G, trans_b=True)
 
     dS, from_states = sum_over_heads(head)
-    tiles.store_rows(outputs['dB'], dot(dS.astype(dtype), load_group('C')) + from_states, start, plan, n)
+    store_sum('dB', dot(dS.astype(dtype), load_group('C')) + from_states)
 
   for side, run in enumerate((dx_side, dC_side, dB_side)):
     pl.when(pl.program_id(0) % SIDES == side)(run)

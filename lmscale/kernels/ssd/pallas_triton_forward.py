@@ -63,12 +63,12 @@ def _forward(plan, n, p, inputs, outputs):
       tiles.store_state(outputs['saved'], state, number // plan.save_every, n, p, when=number % plan.save_every == 0)
     x, B = tiles.load_rows(inputs['x'], start, plan, p), tiles.load_rows(inputs['B'], start, plan, n)
     dt = tiles.load_vector(inputs['dt'], start, plan)
-    decay = tiles.load_decay(inputs['cs'], inputs['document'], start, plan)
+    decay = tiles.load_decay(inputs['cs'], inputs.get('document'), start, plan)
     if 'y' in outputs:
       C = tiles.load_rows(inputs['C'], start, plan, n)
       # The terms are added in this order to spill the fewest registers.
       y = decay.from_state()[:, None] * dot(C, state.astype(dtype))
-      if inputs['D'] is not None:
+      if 'D' in inputs:
         y += tiles.load_row(inputs['D'], p) * x.astype(acc)
       mix = dot(C, B, trans_b=True) * decay.between(later_axis=0) * dt[None, :]
       y += dot(mix.astype(dtype), x)

@@ -44,13 +44,20 @@ def block(size: int) -> int:
   return max(16, pl.next_power_of_2(size))
 
 
-def call(kernel, plan: Plan, grid, inputs, outputs, specs, *, warps: int, stages: int):
-  """`pl.pallas_call` of kernel(inputs, outputs), both dicts, lowered through Triton; specs has all their names."""
+def call(kernel, plan: Plan, grid, inputs, outputs, specs, *, warps: int, stages: int, added=()):
+  """`pl.pallas_call` of kernel(inputs, outputs), both dicts, lowered through Triton; specs has all their names.
+
+  The outputs named in `added` start at zero, for programs to add to.
+  """
+  inputs = {name: value for name, value in inputs.items() if value is not None}
+  zeros = {f'{name} at first': jnp.zeros(outputs[name].shape, outputs[name].dtype) for name in added}
+  names = sorted(inputs | zeros), sorted(outputs)  # as JAX flattens dicts
+  aliases = {names[0].index(f'{name} at first'): names[1].index(name) for name in added}
   return pl.pallas_call(
-    kernel, grid=grid, in_specs=[{name: None if value is None else specs[name] for name, value in inputs.items()}],
+    kernel, grid=grid, in_specs=[{name: specs[name.removesuffix(' at first')] for name in inputs | zeros}],
     out_specs={name: specs[name] for name in outputs}, out_shape=outputs, interpret=plan.interpret,
-    compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
-  )(inputs)  # fmt: skip
+    input_output_aliases=aliases, compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
+  )(inputs | zeros)  # fmt: skip
 
 
 def program(axis: int) -> jax.Array:
@@ -77,8 +84,13 @@ def head_specs(plan: Plan, repeat: int, n: int, p: int) -> dict[str, pl.BlockSpe
   }  # fmt: skip
 
 
-def group_specs(plan: Plan, g: int, heads: int, parts: int, sides: int, n: int, p: int) -> dict[str, pl.BlockSpec]:
-  """The blocks of a program of the grid (part and side, chunk, row and group); it has `heads` heads, a part's."""
+def group_specs(
+  plan: Plan, g: int, heads: int, parts: int, sums: int, sides: int, n: int, p: int
+) -> dict[str, pl.BlockSpec]:
+  """The blocks of a program of the grid (part and side, chunk, row and group); it has `heads` heads, a part's.
+
+  There are `sums` arrays dB and dC, one per part or one for all.
+  """
   N, P = block(n), block(p)
 
   def spec(shape, where):
@@ -88,11 +100,11 @@ def group_specs(plan: Plan, g: int, heads: int, parts: int, sides: int, n: int, 
 
   tokens = spec((None, plan.padded, heads, P), lambda row, group, first, part: (row, 0, first, 0))
   of_group = spec((None, plan.padded, None, N), lambda row, group, first, part: (row, 0, group, 0))
-  sums = spec((None, None, plan.padded, None, N), lambda row, group, first, part: (part, row, 0, group, 0))
+  of_part = spec((None, None, plan.padded, None, N), lambda row, group, first, part: (part % sums, row, 0, group, 0))
   vector = spec((None, heads, plan.padded), lambda row, group, first, part: (row, first, 0))
   states = spec((None, plan.chunks, heads, N, P), lambda row, group, first, part: (row, 0, first, 0, 0))
   return {
-    'x': tokens, 'dx': tokens, 'dy': tokens, 'B': of_group, 'C': of_group, 'dB': sums, 'dC': sums,
+    'x': tokens, 'dx': tokens, 'dy': tokens, 'B': of_group, 'C': of_group, 'dB': of_part, 'dC': of_part,
     'dt': vector, 'cs': vector, 'ddt': vector, 'dcs': vector, 'dcs_H': vector, 'states': states, 'left': states,
     'dcs_last': spec((None, heads, plan.chunks), lambda row, group, first, part: (row, first, 0)),
     'D': spec((heads, P), lambda row, group, first, part: (first, 0)),
@@ -128,6 +140,11 @@ def load_rows(ref, start, plan: Plan, width: int, head=None) -> jax.Array:
 def store_rows(ref, value, start, plan: Plan, width: int, head=None) -> None:
   rows, mask = _rows(ref, start, plan, width, head)
   pltriton.store(rows, value.astype(ref.dtype), mask=mask)
+
+
+def add_rows(ref, value, start, plan: Plan) -> None:
+  """Adds to all columns of the rows, atomically and so in any order; there is no mask, the array must be padded."""
+  pltriton.atomic_add(ref, (pl.ds(start, plan.q), slice(None)), value)
 
 
 def _row_mask(ref, width):
