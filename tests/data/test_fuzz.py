@@ -21,7 +21,7 @@ from lmscale.errors import ConfigError
 SETTINGS = hypothesis.settings(deadline=None, max_examples=60,
                                suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture,
                                                       hypothesis.HealthCheck.too_slow])
-SECONDS = 60
+SECONDS = 300
 
 
 @pytest.fixture(autouse=True)
