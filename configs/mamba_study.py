@@ -19,7 +19,7 @@ recipe   1.1t         batch 256, learning rate 1e-4 -> 1e-5;  3.5t  batch 1024, 
 
 Expected at 8b, 3.5t, 4k (the paper's average over 12 tasks): transformer 53.17, mamba2 54.69, hybrid 55.82. The two data
 sets (1.1T and 3.5T tokens) and the 256K tokenizer are not public, so the loss of other data will differ: give your own
-with --config.data.sources. Published: shapes, batch, learning rates, warm-up of 122K samples, cosine, betas, weight
+with --config.data.sources and --config.data.tokenizer. Published: shapes, batch, learning rates, warm-up of 122K samples, cosine, betas, weight
 decay, clipping, initial std, bf16. What is marked `ours` is not. At size tiny the whole schedule is ours, scaled down,
 with the same ratios between its parts; contexts are 256, 1024, 2048 and 8192 bytes.
 """
@@ -129,7 +129,7 @@ def set_large(config: ml_collections.ConfigDict, size: str) -> None:
   config.mesh.zero = 1
   config.mesh.tensor = 4 if size == '8b' else 1
   config.mesh.sequence_parallel = size == '8b'
-  config.data.tokenizer = 'bytes'  # ours, until a tokenizer of up to 256,000 entries is given
+  config.data.tokenizer = 'bytes'  # ours: name one of up to 256,000 ids, docs/data.md makes one
   config.data.sources = ({'name': 'text', 'kind': 'jsonl', 'path': '', 'weight': 1.0},)  # ours: your files here
   config.loop.update(eval_every=1000, checkpoint_every=1000)  # ours
 

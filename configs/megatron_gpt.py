@@ -63,7 +63,7 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
   config.train.update(batch=batch, seq_len=SEQ_LEN, microbatch=microbatch)
   config.train.compute_dtype = 'bfloat16'  # ours but for mtnlg: the others used fp16
   config.train.remat = 'selective' if size in ('22b', '175b') else 'full'
-  config.data.tokenizer = 'bytes'  # ours, until a tokenizer of up to 51,200 entries is given
+  config.data.tokenizer = 'bytes'  # ours: name one of up to 51,200 ids, docs/data.md makes one
   config.data.sources = ({'name': 'text', 'kind': 'jsonl', 'path': '', 'weight': 1.0},)  # ours: your files here
   config.loop.update(eval_every=1000, checkpoint_every=1000)  # ours
   tokens = TOKENS.get(size, 300e9)
