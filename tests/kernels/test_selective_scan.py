@@ -264,8 +264,9 @@ def test_token_by_token_equals_one_pass(assert_close):
   assert_close((jnp.concatenate(y, axis=1), state), want, 1e-5)
 
 
+@pytest.mark.parametrize('implementation', ['xla', 'pallas_triton'])
 @pytest.mark.parametrize('dt', ['huge', 'tiny', 'mixed'])
-def test_extreme_decays_stay_finite_and_right(dt, assert_close):
+def test_extreme_decays_stay_finite_and_right(dt, implementation, assert_close):
   arguments = make(dtype=np.float32)
   shape = arguments['dt'].shape
   values = {
@@ -274,7 +275,7 @@ def test_extreme_decays_stay_finite_and_right(dt, assert_close):
   }[dt]  # fmt: skip
   arguments['dt'] = jnp.asarray(values, jnp.float32)
   weights = random_weights(arguments)
-  got = differentiate(arguments, single(weights), SEGMENTS)
+  got = differentiate(arguments, single(weights), SEGMENTS, implementation)
   with jax.enable_x64(True):
     double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), arguments)
     want = differentiate(double, weights, SEGMENTS, 'scan')
