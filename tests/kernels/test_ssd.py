@@ -1,6 +1,7 @@
 """SSD: 'scan' against a NumPy loop, 'xla' against 'scan', and the rules on documents, states and memory."""
 
 import functools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,16 +12,18 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmscale.kernels.ssd import ssd
+from lmscale.kernels import platform
+from lmscale.kernels.ssd import api, ssd, xla
 
 # Two rows: padding at the end, and leading, inner and trailing padding with skipped ids.
 SEGMENTS = np.array([[1] * 9 + [2] + [3] * 6 + [0] * 3, [0, 0, 4, 4, 4, 0, 0, 4, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 0]])
 
 
-def make(seed=0, b=2, l=19, h=4, p=3, g=2, n=5, state=True, dtype=np.float64):
+def make(seed=0, b=2, l=19, h=4, p=3, g=2, n=5, state=True, channels=False, dtype=np.float64):
   """A dict of all arguments but the segments."""
   rng = np.random.default_rng(seed)
-  shapes = {'x': (b, l, h, p), 'B': (b, l, g, n), 'C': (b, l, g, n), 'D': (h,), 'z': (b, l, h, p)}
+  shapes = {'x': (b, l, h, p), 'B': (b, l, g, n), 'C': (b, l, g, n), 'z': (b, l, h, p),
+            'D': (h, p) if channels else (h,)}  # fmt: skip
   if state:
     shapes['initial_state'] = (b, h, p, n)
   arrays = {name: rng.normal(size=shape) for name, shape in shapes.items()}
@@ -92,9 +95,9 @@ def test_matches_numpy_loop(implementation, segments, assert_close):
 
 
 CASES = {
-  'packed': ({}, SEGMENTS, 8),
+  'several chunks in several blocks, packed': ({}, SEGMENTS, 2),
   'groups = heads, one chunk, packed': ({'g': 4}, SEGMENTS, 32),
-  'one group, no state, chunk 1, packed': ({'g': 1, 'state': False}, SEGMENTS, 1),
+  'one group, no state, chunk 1, packed': ({'g': 1, 'state': False, 'channels': True}, SEGMENTS, 1),
   'no segments': ({'l': 21, 'h': 2}, None, 4),
 }
 
@@ -274,10 +277,69 @@ def test_heads_shard_without_communication(tensor, assert_close):
   assert_close(run(placed, segments), run(arguments, segments), 1e-5)
 
 
+def test_memory_of_a_layer_is_near_its_inputs_and_outputs():
+  """From the compiled analysis: forward and backward hold a few blocks of 128 tokens, and no state per chunk."""
+  l, h, p, g, n = 4096, 8, 64, 2, 64
+  shapes = {'x': (1, l, h, p), 'dt': (1, l, h), 'A': (h,), 'B': (1, l, g, n), 'C': (1, l, g, n), 'D': (h,)}
+  arguments = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+  weights = arguments['x'], jax.ShapeDtypeStruct((1, h, p, n), np.float32)
+  size = 4 * sum(np.prod(shape) for shape in shapes.values())
+  for function, bound in (
+    (lambda a, w: ssd(**a, implementation='xla', chunk=64), 0.25),
+    (lambda a, w: differentiate(a, w, implementation='xla', chunk=64), 1),
+  ):
+    analysis = jax.jit(function).lower(arguments, weights).compile().memory_analysis()
+    outside = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    print(f'temporaries {analysis.temp_size_in_bytes / 2**20:.1f} MB beside {outside / 2**20:.1f} MB in and out')
+    assert analysis.temp_size_in_bytes < bound * size
+
+
+def test_sizes_beyond_2_to_31_elements_lower():
+  """The 8B layer at batch 64, gradients included: x and y have 2^31 elements, and nothing is indexed by one number."""
+  b, l, h, p, g, n = 64, 4096, 128, 64, 8, 128
+  shapes = {'x': (b, l, h, p), 'dt': (b, l, h), 'A': (h,), 'B': (b, l, g, n), 'C': (b, l, g, n), 'D': (h,)}
+  arguments = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+  weights = jax.ShapeDtypeStruct((b, l, h, p), np.float32), jax.ShapeDtypeStruct((b, h, p, n), np.float32)
+  text = differentiate.lower(arguments, weights, jax.ShapeDtypeStruct((b, l), np.int32), chunk=None).as_text()
+  assert 'tensor<64x4096x8x16x64xbf16>' in text
+  flat = [size for size in re.findall(r'tensor<([0-9x]+)x[a-z]', text) if max(map(int, size.split('x'))) >= 2**31]
+  assert not flat
+
+
+def test_named_implementations_are_strict():
+  arguments = make(l=16, p=8, n=16, dtype=np.float32)
+  with pytest.raises(ValueError, match="implementation 'cuda' is unknown; choose one of scan, xla, pallas_triton"):
+    ssd(**arguments, implementation='cuda')
+  with pytest.raises(ValueError, match="'pallas_mosaic' does not run yet: its numerics were not yet checked on a GPU"):
+    ssd(**arguments, implementation='pallas_mosaic')
+  with pytest.raises(ValueError, match="interpret=True is for implementation 'pallas_triton', not 'xla'"):
+    ssd(**arguments, implementation='xla', interpret=True)
+  with pytest.raises(ValueError, match="interpret=True is for implementation 'pallas_triton', not None"):
+    ssd(**arguments, interpret=True)
+  with pytest.raises(ValueError, match="'pallas_triton' cannot do this: head_dim 130"):
+    ssd(**make(l=16, p=130, n=16, dtype=np.float32), implementation='pallas_triton', interpret=True)
+  with pytest.raises(ValueError, match='Only interpret mode is supported on CPU'):
+    ssd(**arguments, implementation='pallas_triton')
+
+
+def test_none_picks_the_gpu_kernel_where_it_can(monkeypatch):
+  """None reads the platform; what the kernel cannot do goes to 'xla'."""
+  arguments = make(l=16, p=8, n=16, dtype=np.float32)
+  x, B = arguments['x'], arguments['B']
+
+  def chosen(x, chunk=None):
+    run, chunk = api._choose(x, B, chunk, None, True, False)
+    return getattr(run, 'func', run).__name__, chunk
+
+  assert chosen(x) == ('ssd_xla', xla.default_chunk())
+  monkeypatch.setattr(platform, 'nvidia', lambda: True)
+  assert chosen(x) == ('ssd_pallas_triton', api.PALLAS_CHUNK)
+  assert chosen(x, 48) == ('ssd_xla', 48)  # not a size of the kernel's
+  assert chosen(jnp.zeros((2, 16, 4, 130))) == ('ssd_xla', xla.default_chunk())
+
+
 def test_errors_are_one_clear_line():
   arguments = make(dtype=np.float32)
-  with pytest.raises(ValueError, match="implementation 'cuda' is unknown; choose one of scan, xla"):
-    ssd(**arguments, implementation='cuda')
   with pytest.raises(ValueError, match=r'4 heads \(x.shape\[2\]\) do not divide into 3 groups'):
     ssd(**make(g=3, dtype=np.float32))
   with pytest.raises(ValueError, match='dt has shape'):

@@ -9,7 +9,7 @@ from lmscale.kernels import segments
 def ssd_scan(x, dt, A, B, C, D, state, document, chunk):
   """The recurrence as `ssd` states it. Shapes and dtypes as in `api`; `chunk` is not used.
 
-  Differentiating it stores a state per token.
+  Differentiating it stores a state per token, and computes the rest of a step again.
   """
   del chunk
   acc = state.dtype
@@ -24,6 +24,7 @@ def ssd_scan(x, dt, A, B, C, D, state, document, chunk):
     return state, jnp.einsum('bhpn,bhn->bhp', state, C)
 
   tokens = (x.astype(acc), dt, B, C, keep)
+  step = jax.checkpoint(step, prevent_cse=False)
   state, y = jax.lax.scan(step, state, tuple(jnp.moveaxis(token, 1, 0) for token in tokens))
   y = jnp.moveaxis(y, 0, 1)
   return y if D is None else y + D.reshape(x.shape[2], -1) * x.astype(acc), state

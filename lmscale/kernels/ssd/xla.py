@@ -36,7 +36,7 @@ BLOCK_CHUNKS = 8  # their walk is unrolled
 
 def default_chunk() -> int:
   """Tokens per chunk where the caller names none: measured on a CPU; elsewhere the width of a matrix unit."""
-  return 64 if jax.default_backend() == 'cpu' else 128
+  return 32 if jax.default_backend() == 'cpu' else 128
 
 
 def ssd_xla(x, dt, A, B, C, D, state, document, chunk):
@@ -46,6 +46,7 @@ def ssd_xla(x, dt, A, B, C, D, state, document, chunk):
   q = min(chunk, l)
   chunks = -(-l // q)
   blocks = -(-chunks // min(max(BLOCK_TOKENS // q, 1), BLOCK_CHUNKS))
+  blocks = max(blocks, min(chunks, 2))  # without a loop XLA fuses a block with what surrounds it: up to 1.8x slower
   k = -(-chunks // blocks)
   missing = blocks * k * q - l
   x, dt, B, C = (jnp.pad(m, ((0, 0), (0, missing)) + ((0, 0),) * (m.ndim - 2)) for m in (x, dt, B, C))
