@@ -12,7 +12,7 @@ pip = -m pip -qq --disable-pip-version-check
 pytest = .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help interpreter install quickstart test test-slow test-gpu constraints clean
+.PHONY: help interpreter install quickstart test test-slow test-gpu extras constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,11 @@ test-slow: install  ## run the tests that take minutes each
 
 test-gpu: install  ## run the tests that need an NVIDIA GPU (install the cuda extra first)
 	@JAX_PLATFORMS=cuda $(pytest) -n 0 -m gpu
+
+extras: install  ## check that the extras for GPU, TPU and more data resolve; asks the package index, installs nothing
+	@for extra in cuda tpu data; do \
+	  .venv/bin/python $(pip) install --dry-run -c $(pins) --no-build-isolation -e ".[$$extra]" && echo "$$extra: resolves" || exit 1; \
+	done
 
 constraints: interpreter  ## write constraints/python3.X.txt again from the newest versions that setup.cfg allows
 	@$(PYTHON) -m venv --clear .cache/constraints
