@@ -7,8 +7,9 @@ import re
 
 import pytest
 import tiny
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from lmscale.config import MeshConfig
+from lmscale.config import Mamba2Config, MeshConfig
 from lmscale.train.program import Program
 
 KINDS = {'transformer': '*-', 'mamba': 'm', 'mamba2': 'M', 'hybrid': 'M*-'}
@@ -38,6 +39,23 @@ def check(texts):
 )
 def test_the_step_is_lowered_for_gpu_and_tpu(kind, zero, sequence_parallel):
   check(lower(kind, zero, sequence_parallel))
+
+
+def test_the_step_with_gpu_kernels_is_lowered_for_gpu(monkeypatch):
+  """Mamba-2's own GPU kernels, forward and backward, cut over data and tensor: without a GPU nothing chooses them."""
+  from jax._src.pallas.triton import pallas_call_registration
+
+  if about_gpu := getattr(pallas_call_registration, 'gpu_info_lib', None):  # jax 0.11 asks which GPU it is
+    with use_abstract_mesh(AbstractMesh((1,), ('x',), abstract_device=AbstractDevice('NVIDIA H200', 132, 'gpu'))):
+      info = about_gpu.get_gpu_info()
+    monkeypatch.setattr(about_gpu, 'get_gpu_info', lambda: info)
+  mixer = Mamba2Config(heads=8, head_dim=16, groups=2, state=16, conv=4, implementation='pallas_triton')
+  model = tiny.change(tiny.MODEL, pattern='M', mamba2=mixer)
+  mesh = MeshConfig(pipe=1, data=2, tensor=4, zero=3, sequence_parallel=True)
+  program = Program(tiny.config(mesh, model, compute_dtype='bfloat16', batch=8, microbatch=2))
+  text = program.lower_step('cuda').as_text()
+  check({'cuda': text})
+  assert len(re.findall(r'custom_call @__gpu\$xla\.gpu\.triton', text)) >= 3
 
 
 @pytest.mark.slow
