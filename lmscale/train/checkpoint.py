@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import multihost
 
 from lmscale.errors import ConfigError
+from lmscale.parallel import distributed
 
 FORMAT = 1  # raise when older code could not read what is written
 SHOWN = 6  # differences named in an error
@@ -88,7 +89,8 @@ class Checkpointer:
     """(tree, meta) of checkpoint `step`, or of the newest that is whole, on the shardings of `abstract`.
 
     abstract: nested dicts of `jax.ShapeDtypeStruct` with shardings, on any mesh. Without `step`, a damaged checkpoint
-    is passed over with a warning; the next save moves its folder to `<step>.damaged`.
+    is passed over with a warning; the next save moves its folder to `<step>.damaged`. Of several processes all must find
+    it damaged; where one cannot read its part, that is an error.
 
     Raises:
       ConfigError: no checkpoint, none that is whole, or names, shapes or dtypes differ from `abstract`.
@@ -155,9 +157,14 @@ class Checkpointer:
       raise ConfigError(f'checkpoint {self.folder / str(step)} does not fit the model: {differences}')
     try:
       tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
-      facts = _facts(tree)
     except Exception as error:
+      if distributed.count() > 1:  # perhaps of this one only: then the others wait for it, and cannot go back with it
+        raise ConfigError(
+          f'checkpoint {self.folder / str(step)} cannot be read here ({_first_line(error)}); if it is damaged, move its '
+          'folder away to go on from the one before'
+        ) from error
       raise DamagedCheckpoint(_first_line(error)) from error
+    facts = _facts(tree)
     if wrong := [name for name, (checksum, _) in facts.items() if expected.get(name) != checksum]:
       raise DamagedCheckpoint(f'checksum of {", ".join(wrong[:SHOWN])} differs')
     if wrong := [name for name, (_, finite) in facts.items() if not finite]:

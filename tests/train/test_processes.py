@@ -225,6 +225,18 @@ def test_a_frozen_process_is_noticed(tmp_path, data, victim):
       process.kill()
 
 
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_ends_all(tmp_path, whole, data):
+  folder = tmp_path / 'run'
+  subprocess.run(['cp', '-r', whole.folder, folder], check=True)
+  newest = folder / 'checkpoints' / str(STEPS) / 'state'
+  broken = max((p for p in newest.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+  two = Two(folder, data, {'train.steps': STEPS + 2})
+  assert two.wait() == [2, 2], two.said(0) + two.said(1)
+  assert 'cannot be read here' in two.said(0) + two.said(1)
+
+
 def test_a_mistake_of_one_process_ends_all_with_its_exit_code(tmp_path, data):
   two = Two(tmp_path / 'run', data, {'mesh.data': 3, 'mesh.tensor': 2})
   assert two.wait(120) == [2, 2]
