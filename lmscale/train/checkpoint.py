@@ -157,6 +157,7 @@ class Checkpointer:
       raise ConfigError(f'checkpoint {self.folder / str(step)} does not fit the model: {differences}')
     try:
       tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+      facts = _facts(tree)
     except Exception as error:
       if distributed.count() > 1:  # perhaps of this one only: then the others wait for it, and cannot go back with it
         raise ConfigError(
@@ -164,7 +165,6 @@ class Checkpointer:
           'folder away to go on from the one before'
         ) from error
       raise DamagedCheckpoint(_first_line(error)) from error
-    facts = _facts(tree)
     if wrong := [name for name, (checksum, _) in facts.items() if expected.get(name) != checksum]:
       raise DamagedCheckpoint(f'checksum of {", ".join(wrong[:SHOWN])} differs')
     if wrong := [name for name, (_, finite) in facts.items() if not finite]:
