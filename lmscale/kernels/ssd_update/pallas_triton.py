@@ -66,6 +66,7 @@ def _update(interpret, state, x, dt, A, B, C, D, z, slots):
     out_specs=(rows, pool),
     out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(state.shape, state.dtype)),
     input_output_aliases={0: 1},
+    name='ssd_update',
     interpret=interpret,
     compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
   )(state, inputs)
