@@ -157,6 +157,10 @@ def test_unknown_fields_name_the_nearest(path, nearest):
     ({'data': {'validation': 1.0}}, 'data.validation', '[0, 1)'),
     ({'data': {'validation': 0.0}}, 'data.validation', 'eval_every'),
     ({'data': {'tokenizer': 'bpe'}}, 'data.tokenizer', 'bytes'),
+    ({'data': {'tokenizer': 'bpe.txt'}}, 'data.tokenizer', '.model'),
+    ({'data': {'sources': [{'field': 'body'}]}}, 'data.sources.0.field', 'jsonl'),
+    ({'data': {'sources': [{'kind': 'jsonl', 'field': ''}]}}, 'data.sources.0.field', "''"),
+    ({'data': {'sources': [{'kind': 'text', 'split': 'test'}]}}, 'data.sources.0.split', 'tfds'),
   ],
 )
 def test_nonsense_is_rejected(sections, field, detail):
