@@ -247,3 +247,22 @@ def test_lowers_for_cuda(layer):
   split = layer.endswith('few programs')
   # Forward, the states in between again, the walk back, the chunks; where the sequence is split, each walk twice.
   assert found == ['ssd_forward'] * (2 + split) + ['ssd_backward_walk'] * (1 + split) + ['ssd_backward_chunk']
+
+
+def test_offsets_are_64_bits_wide_where_32_would_wrap(monkeypatch):
+  """x has more than 2^31 elements. The kernel's IR is bytecode in the text, so the lowering is watched instead."""
+  from jax._src.pallas.triton import lowering
+
+  types, original = {}, lowering._compute_offsets_from_indices
+
+  def watched(block_info, indexer):
+    offsets = original(block_info, indexer)
+    types.setdefault(block_info.full_shape_dtype.size, set()).add(str(offsets.type))
+    return offsets
+
+  monkeypatch.setattr(lowering, '_compute_offsets_from_indices', watched)
+  lower((65, 4096, 128, 64, 8, 128))
+  wide = {size for size in types if size >= 2**31}
+  assert 65 * 4096 * 128 * 64 in wide
+  assert all('i64' in offsets for size in wide for offsets in types[size])
+  assert any('i32' in offsets for size in types.keys() - wide for offsets in types[size])

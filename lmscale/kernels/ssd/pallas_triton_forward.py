@@ -64,16 +64,16 @@ def _forward(plan, n, p, inputs, outputs):
     x, B = tiles.load_rows(inputs['x'], start, plan, p), tiles.load_rows(inputs['B'], start, plan, n)
     dt = tiles.load_vector(inputs['dt'], start, plan)
     decay = tiles.load_decay(inputs['cs'], inputs.get('document'), start, plan)
+    # This order, and that of the terms of y, spill the fewest registers.
+    weighted = ((decay.to_end() * dt)[:, None] * x).astype(dtype)
     if 'y' in outputs:
       C = tiles.load_rows(inputs['C'], start, plan, n)
-      # The terms are added in this order to spill the fewest registers.
       y = decay.from_state()[:, None] * dot(C, state.astype(dtype))
       if 'D' in inputs:
         y += tiles.load_row(inputs['D'], p) * x.astype(acc)
       mix = dot(C, B, trans_b=True) * decay.between(later_axis=0) * dt[None, :]
       y += dot(mix.astype(dtype), x)
       tiles.store_rows(outputs['y'], y, start, plan, p)
-    weighted = ((decay.to_end() * dt)[:, None] * x).astype(dtype)
     return decay.through() * state + dot(B, weighted, trans_a=True)
 
   state = tiles.load_state(inputs['start'], segment, n, p).astype(acc)
