@@ -111,6 +111,8 @@ def _hugging_face(raw: bytes) -> PretrainedTokenizer:
     raise ConfigError(f'no special token ends a document; it needs one of {", ".join(ENDS)}')
 
   def encode(texts: list[str]) -> list[list[int]]:
+    if len(texts) == 1:  # a prompt: waking the library's threads would take longer
+      return [found.encode(texts[0], add_special_tokens=False).ids]
     return [part.ids for part in found.encode_batch_fast(texts, add_special_tokens=False)]
 
   return PretrainedTokenizer('tokenizer.json', raw, max(ids.values()) + 1, end, encode, found.decode)

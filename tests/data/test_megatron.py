@@ -104,10 +104,11 @@ def test_a_damaged_index_is_rejected_at_open(prefix, raw, message):
   assert 'tiny.idx: ' in str(caught.value) and '\n' not in str(caught.value)
 
 
-def test_a_missing_or_shorter_file_is_rejected(prefix):
-  prefix.with_suffix('.bin').write_bytes(bytes.fromhex(BIN)[:-2])
-  with pytest.raises(ConfigError, match='has 20'):
-    megatron.read_index(prefix)
+def test_a_missing_shorter_or_longer_file_is_rejected(prefix):
+  for raw, size in ((bytes.fromhex(BIN)[:-2], 20), (bytes.fromhex(BIN) + b'12', 24)):
+    prefix.with_suffix('.bin').write_bytes(raw)
+    with pytest.raises(ConfigError, match=rf'take 22 bytes, the \.bin file has {size}'):
+      megatron.read_index(prefix)
   for ending in ('.bin', '.idx'):
     prefix.with_suffix(ending).unlink()
     with pytest.raises(ConfigError, match=rf'tiny\{ending}: no such file; a Megatron data set is a pair of files'):
