@@ -45,6 +45,9 @@ class Ref:
   def at(self):
     return _At(self)
 
+  def transpose(self, permutation):
+    return Ref(self.array.transpose(permutation), buffer=self.buffer)
+
   def __getitem__(self, index):
     return np.array(self.array[index])
 
@@ -155,11 +158,6 @@ class Emulator:
     assert len(barrier.copies) == barrier.arrivals, 'a barrier that is never complete'
     for source, target in barrier.copies:
       target.array[...] = source.array
-
-  @staticmethod
-  def transpose_ref(ref, permutation):
-    assert permutation == (1, 0)
-    return Ref(ref.array.T, buffer=ref.buffer)
 
   # plgpu: wgmma
   def wgmma(self, accumulator, a, b):

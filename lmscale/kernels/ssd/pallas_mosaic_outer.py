@@ -178,7 +178,7 @@ def _product_transposed(a, b):
   """a b^T of two references [q, k]."""
 
   def product(acc):
-    plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
+    plgpu.wgmma(acc, a, b.transpose((1, 0)))
     return acc[...]
 
   return pl.run_scoped(product, plgpu.ACC((Q, Q), jnp.float32))

@@ -139,8 +139,8 @@ def walk(x, r, c, v, start, D, state, *, reverse: bool, save: bool):
         plgpu.copy_smem_to_gmem(state_w, saved_g.at[batch, head, chunk])
 
       def products(scores, out):
-        plgpu.wgmma(scores, r_s, plgpu.transpose_ref(c_s, (1, 0)))
-        plgpu.wgmma(out, r_s, plgpu.transpose_ref(state_w, (1, 0)))
+        plgpu.wgmma(scores, r_s, c_s.transpose((1, 0)))
+        plgpu.wgmma(out, r_s, state_w.transpose((1, 0)))
         return scores[...], out[...]
 
       scores, out = pl.run_scoped(products, plgpu.ACC((Q, Q), jnp.float32), plgpu.ACC((Q, p), jnp.float32))
@@ -154,7 +154,7 @@ def walk(x, r, c, v, start, D, state, *, reverse: bool, save: bool):
       def accumulate(refs):
         out, state = refs
         plgpu.wgmma(out, mix, x_s.at[mine])
-        plgpu.wgmma(state, plgpu.transpose_ref(tile_w, (1, 0)), c_s)
+        plgpu.wgmma(state, tile_w.transpose((1, 0)), c_s)
 
       out, state = pl.run_state(accumulate)((plgpu.ACC.init(out), plgpu.ACC.init(state)))
       tile_w[...] = out.astype(dtype)
