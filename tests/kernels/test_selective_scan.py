@@ -405,8 +405,8 @@ def test_errors_are_one_clear_line():
     selective_scan(**arguments, chunk=0)
   with pytest.raises(ValueError, match="interpret=True is for implementation 'pallas_triton', not 'xla'"):
     selective_scan(**arguments, implementation='xla', interpret=True)
-  with pytest.raises(ValueError, match='cannot do this: chunk 6 is not a multiple of 4'):
-    selective_scan(**arguments, implementation='pallas_triton', chunk=6)
+  with pytest.raises(ValueError, match='cannot do this: chunk 5 is not a multiple of 2'):
+    selective_scan(**arguments, implementation='pallas_triton', chunk=5)
   with pytest.raises(ValueError, match='6 channels .* do not divide into 4 groups'):
     selective_scan(**arguments | {'B': jnp.zeros((2, 19, 4, 5)), 'C': jnp.zeros((2, 19, 4, 5))})
   with pytest.raises(ValueError, match='a state of 300 per channel'):

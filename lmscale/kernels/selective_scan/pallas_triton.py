@@ -34,8 +34,8 @@ def unsupported(x: jax.Array, B: jax.Array, chunk: int | None = None) -> str | N
     return f"x is {x.dtype}; the kernel has float32, bfloat16 and float16, 'xla' has the others"
   if B.shape[3] > 256:
     return f'a state of {B.shape[3]} per channel is more than the 256 that fit on chip'
-  if (chunk or CHUNK) % kernels.AHEAD:
-    return f'chunk {chunk} is not a multiple of {kernels.AHEAD}'
+  if (chunk or CHUNK) % kernels.UNROLL:
+    return f'chunk {chunk} is not a multiple of {kernels.UNROLL}'
   return None
 
 
@@ -53,8 +53,9 @@ def selective_scan_pallas_triton(
     interpret=interpret,
   )  # fmt: skip
   start = None if start is None else start.astype(jnp.int32)
-  y, state = _scan(plan, x, dt, A.T, B, C, D, z, jnp.swapaxes(state, 1, 2), start)
-  return y, jnp.swapaxes(state, 1, 2)
+  A, state = (jnp.pad(m, [(0, 0)] * (m.ndim - 1) + [(0, plan.width - d)]) for m in (A.T, jnp.swapaxes(state, 1, 2)))
+  y, state = _scan(plan, x, dt, A, B, C, D, z, state, start)
+  return y, jnp.swapaxes(state[..., :d], 1, 2)
 
 
 def _block(b, d, n):
@@ -67,7 +68,7 @@ def _block(b, d, n):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(plan, x, dt, A, B, C, D, z, state, start):
-  """x, dt, z [b, l, d]; A [n, d]; B, C [b, l, g, n]; D [d]; state [b, n, d]; start [b, l] int32."""
+  """x, dt, z [b, l, d]; A [n, width]; B, C [b, l, g, n]; D [d]; state [b, n, width]; start [b, l] int32."""
   outputs = kernels.forward(plan, x, dt, A, B, C, D, z, state, start, save=False)
   return outputs['y'], outputs['last']
 

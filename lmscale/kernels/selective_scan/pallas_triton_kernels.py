@@ -23,8 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-AHEAD = 4  # tokens whose rows the forward kernel loads before it needs them
-UNROLL = 2  # tokens whose states and decays the backward kernel has in registers at once; four spill
+UNROLL = 2  # tokens at a time: their rows are loaded ahead, their states stay in registers; four spill
 LOG2E = 1.4426950408889634  # decays are powers of two: exp2 is one instruction, exp two
 
 
@@ -37,7 +36,7 @@ class Plan:
   n: int
   groups: int
   block: int  # channels of a program
-  chunk: int  # tokens between kept states, a multiple of AHEAD and UNROLL
+  chunk: int  # tokens between kept states, a multiple of UNROLL
   deterministic: bool
   interpret: bool
 
@@ -50,6 +49,12 @@ class Plan:
     return pl.next_power_of_2(self.n)
 
   @property
+  def width(self) -> int:
+    """Columns of the arrays of states: d made odd, so that no two rows are aligned alike. Triton would otherwise load
+    four channels per thread, and have too few channels to keep a state within a thread."""  # fmt: skip
+    return self.d | 1
+
+  @property
   def programs(self) -> int:
     return -(-self.d // self.block)
 
@@ -60,11 +65,11 @@ class Plan:
 
 
 def forward(plan: Plan, x, dt, A, B, C, D, z, first, start, *, save: bool) -> dict[str, jax.Array]:
-  """'y' [b, l, d] in x.dtype, 'last' [b, n, d] and, with save, 'saved' [b, chunks, n, d]: the states before chunks."""
+  """'y' [b, l, d] in x.dtype, 'last' [b, n, d] and, with save, 'saved' [b, chunks, n, width]: the states before chunks."""
   inputs = {'x': x, 'dt': dt, 'A': A * LOG2E, 'B': B, 'C': C, 'D': D, 'z': z, 'first': first, 'start': start}
   outputs = {'y': jax.ShapeDtypeStruct(x.shape, x.dtype), 'last': jax.ShapeDtypeStruct(first.shape, dt.dtype)}
   if save:
-    outputs['saved'] = jax.ShapeDtypeStruct((x.shape[0], plan.chunks, plan.n, plan.d), dt.dtype)
+    outputs['saved'] = jax.ShapeDtypeStruct((x.shape[0], plan.chunks, plan.n, plan.width), dt.dtype)
 
   def selective_scan_forward(inputs, outputs):
     _forward(_Tiles(plan), inputs, outputs)
@@ -84,7 +89,7 @@ def backward(plan: Plan, x, dt, A, B, C, D, z, start, saved, dy, dlast) -> dict[
     shared = (plan.programs, b, plan.length, plan.N)
   shapes = {'dx': (x.shape, x.dtype), 'ddt': (dt.shape, acc), 'dB': (shared, acc), 'dC': (shared, acc),
             'dA': (dlast.shape, acc), 'dfirst': (dlast.shape, acc),
-            'scratch': ((b, plan.chunk // UNROLL, plan.n, plan.d), acc)}  # fmt: skip
+            'scratch': ((b, plan.chunk // UNROLL, plan.n, plan.width), acc)}  # fmt: skip
   if z is not None:
     shapes['dz'] = (z.shape, z.dtype)
   if D is not None:
@@ -239,10 +244,10 @@ def _forward(tiles, refs, outputs):
         y = _output(D, state, row)
         if 'z' in row:
           y *= row['z'] * jax.nn.sigmoid(row['z'])
-        tiles.store_row(outputs['y'], i * plan.chunk + j * AHEAD + u, y)
+        tiles.store_row(outputs['y'], i * plan.chunk + j * UNROLL + u, y)
       return state
 
-    return _walk(tiles, refs, i * plan.chunk, AHEAD, group, state)
+    return _walk(tiles, refs, i * plan.chunk, UNROLL, group, state)
 
   state = lax.fori_loop(0, plan.chunks, chunk, tiles.state(refs['first']))
   tiles.store_state(outputs['last'], state)
