@@ -158,7 +158,7 @@ def test_any_segments(data):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_any_shape(data):
   def draw(low, high):

@@ -103,7 +103,9 @@ def gradients(plan: Plan, x, dt, cs, B, C, D, states, left, dy, document) -> dic
     _chunk(plan, n, p, heads, inputs, outputs, bool(added))
 
   grid = SIDES * parts, plan.chunks, b * g
-  out = tiles.call(ssd_backward_chunk, plan, grid, inputs, outputs, specs, warps=4, stages=3, added=added)
+  # As many stages as let two programs share a multiprocessor's 227 KB; a third saves a few registers.
+  stages = 3 if document is None else 2
+  out = tiles.call(ssd_backward_chunk, plan, grid, inputs, outputs, specs, warps=4, stages=stages, added=added)
   dcs = (out['dcs'] + out['dcs_H']).reshape(b, h, plan.chunks, plan.q).at[..., -1].add(out['dcs_last'])
   gradients = {'dx': out['dx'], 'ddt': out['ddt'], 'dcs': dcs.reshape(cs.shape)}
   gradients |= {name: out[name].sum(axis=0)[:, :l, :, :n].astype(B.dtype) for name in ('dB', 'dC')}
