@@ -106,3 +106,34 @@ def test_meta_says_what_is_stored(tmp_path):
 def test_unknown_kind_is_a_config_error(tmp_path):
   with pytest.raises(config_lib.ConfigError, match="'parquet'.*stdlib, text, jsonl, megatron, tfds"):
     source.open_source(config_lib.SourceConfig(kind='parquet'), tmp_path)
+
+
+class Ids:
+  """A source that comes tokenised."""
+
+  def __init__(self, *ids):
+    self.ids = [np.array(document, np.int64) for document in ids]
+
+  def digest(self):
+    return repr(self.ids)
+
+  def documents(self, skipped):
+    return [document.Document(b'', i, ids) for i, ids in enumerate(self.ids)]
+
+
+def test_documents_that_come_tokenised(tmp_path):
+  store = cache.tokenise(Ids([0, 255], [7, 256], [256]), ByteTokenizer(), tmp_path)
+  assert store.tokens.tolist() == [0, 255, 256, 7, 256, 256] and store.offsets.tolist() == [0, 3, 5, 6]
+  assert store.text_bytes is None
+  for ids in ([257], [-1, 5], [2**40]):
+    with pytest.raises(config_lib.ConfigError, match=f'ids from {min(ids)} to {max(ids)}, but data.tokenizer has the ids 0 to 256'):
+      cache.tokenise(Ids([1], ids), ByteTokenizer(), tmp_path)
+
+
+def test_batches_hold_every_document_in_order(tmp_path, monkeypatch):
+  whole = open_store(write_files(tmp_path / 'text'), tmp_path / 'one')
+  monkeypatch.setattr(cache, 'BATCH_DOCUMENTS', 3)
+  monkeypatch.setattr(cache, 'BATCH_BYTES', 40)
+  parts = open_store(tmp_path / 'text', tmp_path / 'two')
+  assert np.array_equal(whole.tokens, parts.tokens) and np.array_equal(whole.offsets, parts.offsets)
+  assert parts.text_bytes.tolist() == [len(f'text {i}' * (i + 1)) for i in range(20)]
