@@ -76,12 +76,12 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
   nodes, tasks = environ.get('SLURM_STEP_NODELIST'), environ.get('SLURM_STEP_NUM_TASKS', environ.get('SLURM_NTASKS'))
   if not nodes or not tasks or 'SLURM_PROCID' not in environ or _number('SLURM_STEP_NUM_TASKS', tasks) == 1:
     return None
-  head, bracket, rest = re.match(r'([^,\[]+)(\[?)([^,\-\]]*)', nodes).groups()  # 'n[07-12,20],m3' -> 'n07'
+  head, rest = re.match(r'([^,\[]+)\[?([^,\-\]]*)', nodes).groups()  # 'n[07-12,20],m3' -> 'n07'
   port = SLURM_PORTS[_number('SLURM_JOB_ID', environ.get('SLURM_JOB_ID', '0')) % len(SLURM_PORTS)]
   visible = environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
   shares = _tasks_here(environ) > 1 and len(visible) > 1
   return Cluster(
-    f'{head}{rest if bracket else ""}:{environ.get("JAX_COORDINATOR_PORT", port)}',
+    f'{head}{rest}:{environ.get("JAX_COORDINATOR_PORT", port)}',
     int(tasks),
     _number('SLURM_PROCID', environ['SLURM_PROCID']),
     (_number('SLURM_LOCALID', environ.get('SLURM_LOCALID', '0')),) if shares else None,
