@@ -1,3 +1,5 @@
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -101,3 +103,23 @@ def test_one_window_exactly_and_one_token_less():
     make_sampler([4, 4], 8)
   with pytest.raises(config_lib.ConfigError, match='validation split has 0 of 2 documents and 0 tokens.*eval_every=0'):
     Sampler('source', make_store([40, 40]), 'validation', 0.0, 8, 0)
+
+
+@pytest.mark.parametrize('lengths', [[13, 40, 5, 90, 22], [0, 13, 0, 0, 40, 5, 90, 22, 0]])
+def test_text_bytes_count_the_labels_and_empty_documents_are_left_out(lengths):
+  sizes = np.array([3 * max(n - 1, 0) for n in lengths])
+  offsets = np.concatenate([[0], np.cumsum(lengths)])
+  keys = np.arange(len(lengths), dtype=np.uint64) << 40
+  store = dataclasses.replace(make_store([n for n in lengths if n]), offsets=offsets, split_keys=keys, text_bytes=sizes)
+  owner = np.repeat(np.arange(len(lengths)), lengths)
+  sampler = Sampler('source', store, 'train', 0.0, 16, 0)
+  assert len(sampler.documents) == 5
+  for i in range(2 * sampler.windows_per_epoch):
+    tokens, labels, segments, _ = sampler.sample(i)
+    assert set(np.diff(segments, prepend=0)) <= {0, 1}  # numbered without gaps
+    found, counted = sampler.text_bytes(i)
+    assert counted == (labels >= 0).sum()
+    predicted = owner[tokens[labels >= 0]]  # every token is its place, and its label is of the same document
+    assert found == pytest.approx(sum(sizes[d] / lengths[d] for d in predicted))
+  with pytest.raises(ValueError, match="'source': the bytes of its texts are not known"):
+    make_sampler([9], 8).text_bytes(0)
