@@ -107,7 +107,8 @@ def test_a_run_accounts_for_all_its_starts(tmp_path, capsys):
   assert record['step'] == 24 and record['starts'] == 2
   seconds = record['seconds']
   # What the second start used, and what the first had used at its last line.
-  assert 0 <= wall + sum(first[-1]['seconds'].values()) - sum(seconds.values()) < 0.2
+  missing = wall + sum(first[-1]['seconds'].values()) - sum(seconds.values())  # around the loop, in this test
+  assert 0 <= missing < 0.2 + 0.05 * wall
   repeated = first[-1]['seconds']['steps'] - first[5]['seconds']['steps']
   assert seconds['lost'] >= repeated > 0.01
   assert seconds['startup'] and seconds['compile'] and seconds['restore'] and seconds['saving'] and seconds['other']
