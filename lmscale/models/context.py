@@ -29,7 +29,6 @@ class Context:
   cut; what is None is left out. gather(kind, params) -> params: brings one
   layer's parameters together where they are used (ZeRO 3). tensor: ways in which heads are cut over the mesh.
   deterministic: kernels add up gradients in a fixed order.
-  remat_attention: recompute the attention core in the backward pass (arXiv 2205.05198, selective recomputation).
   """
 
   positions: jax.Array
@@ -41,7 +40,6 @@ class Context:
   gather: Callable[[str, Any], Any] | None = struct.field(pytree_node=False, default=None)
   tensor: int = struct.field(pytree_node=False, default=1)
   deterministic: bool = struct.field(pytree_node=False, default=True)
-  remat_attention: bool = struct.field(pytree_node=False, default=False)
 
 
 def plain_context(tokens: jax.Array, segment_ids: jax.Array | None = None) -> Context:

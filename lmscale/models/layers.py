@@ -91,9 +91,8 @@ class Attention(Layer):
       cache = {'k': k_BTGP, 'v': v_BTGP}
       where = {'positions': (ctx.positions, TOKENS)}
     k_BTGP, v_BTGP = cut_groups(k_BTGP, ctx), cut_groups(v_BTGP, ctx)
-    core = jax.checkpoint(_attend) if ctx.remat_attention else _attend
     operands = {'q': (q_BTHP, PER_HEAD), 'k': (k_BTGP, PER_HEAD), 'v': (v_BTGP, PER_HEAD), **where}
-    (y_BTHP,) = ctx.local(core, operands, (PER_HEAD,))
+    (y_BTHP,) = ctx.local(_attend, operands, (PER_HEAD,))
     y = ctx.constrain(y_BTHP, PER_HEAD).reshape(b, t, c.heads * c.head_dim)
     return self.linear('out', y, config.d_model, ('heads', 'embed'), normal(self.output_std())), cache
 

@@ -97,8 +97,9 @@ def apply_stack(
 ) -> tuple[jax.Array, tuple | None, dict[str, jax.Array]]:
   """All layers. x: [b, t, d_model]; caches: None, or per run and unit position, stacked like the parameters.
 
-  remat: 'full' keeps the input of each layer and recomputes the rest in the backward pass; 'selective' recomputes the
-  attention core only (see Context.remat_attention); 'none' keeps everything.
+  remat: 'full' keeps the input of each layer and recomputes the rest in the backward pass; 'selective' keeps
+  what the projections give and recomputes the rest: norms, activations, convolutions, attention and the scans, which
+  take much memory and little time (arXiv 2205.05198, section 5); 'none' keeps what each operation's derivative needs.
   Returns (x, caches, aux) with aux summed over layers.
   """
   auxes: dict[str, jax.Array] = {}
@@ -138,11 +139,17 @@ def _add(total: dict, more: dict) -> dict:
   return {name: total.get(name, 0) + more.get(name, 0) for name in total | more}
 
 
+# Of all matmuls, those with parameters are the ones without batch dims.
+SELECTIVE = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
 def _rematerialised(run: Any, ctx: Context, remat: str, repeats: int) -> Any:
   # Inside a scan the loop already keeps XLA from merging the recomputation with the forward pass; the barrier that
   # prevent_cse adds makes the GPU compiler copy each layer's weights inside the loop.
   if remat == 'full':
     return jax.checkpoint(run, prevent_cse=repeats == 1)
+  if remat == 'selective':
+    return jax.checkpoint(run, prevent_cse=repeats == 1, policy=SELECTIVE)
   if ctx.gather is not None:
     policy = jax.checkpoint_policies.save_anything_except_these_names('gathered')
     return jax.checkpoint(run, prevent_cse=repeats == 1, policy=policy)

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from lmscale.config import Config
 from lmscale.parallel.layout import LeafLayout, make_layout
 from lmscale.parallel.rules import make_rules
-from lmscale.plan.activations import layer_activations
+from lmscale.plan.activations import layer_activations, layer_working
 
 BYTES = {'bfloat16': 2, 'float32': 4, 'float64': 8}
 
@@ -123,19 +123,16 @@ def _microbatches(config: Config) -> int:
 def _activation_bytes(config: Config, stage: int, layers: range) -> int:
   """Of the microbatches in flight on a stage: one without a pipeline, pipe - stage under 1F1B (arXiv 2104.04473).
 
-  Under `full` and `selective` also what is recomputed, one layer at a time, and its cotangents.
+  Also what one layer holds, beside what it keeps, while its backward pass runs.
   """
   model, mesh, train = config.model, config.mesh, config.train
   kinds = [model.layers[i] for i in layers]
-  none = {kind: layer_activations(config, kind, 'none') for kind in set(kinds)}
   if train.remat == 'full':
-    saved, working = len(kinds) * _stream(config) * train.seq_len, 2 * max(none.values())
-  elif train.remat == 'selective':
-    kept = {kind: layer_activations(config, kind, 'selective') for kind in none}
-    saved, working = sum(kept[kind] for kind in kinds), max(2 * none[kind] - kept[kind] for kind in none)
+    kept = dict.fromkeys(kinds, _stream(config) * train.seq_len)
   else:
-    # Cotangents take the place of what they no longer need; the kernels compute again what they did not keep.
-    saved, working = sum(none[kind] for kind in kinds), max(none.values())
+    kept = {kind: layer_activations(config, kind, train.remat) for kind in set(kinds)}
+  saved = sum(kept[kind] for kind in kinds)
+  working = max(max(layer_working(config, kind) - kept[kind], 0) for kind in kept)
   in_flight = min(mesh.pipe - stage, _microbatches(config))
   loss = _loss_bytes(config, train.microbatch * train.seq_len) if stage == mesh.pipe - 1 else 0
   return train.microbatch * (saved * in_flight + working) + loss

@@ -152,7 +152,6 @@ def make_loss(plan: Plan, differentiated: bool) -> Callable[[Any, Batch], tuple[
       gather=(lambda kind, p: gather(layer_layout[kind], p)) if stage3 else None,
       tensor=config.mesh.tensor,
       deterministic=config.train.deterministic,
-      remat_attention=remat == 'selective',
     )
     if stage3:
       params = {**{part: gather(outer[part], params[part]) for part in outer}, 'layers': params['layers']}

