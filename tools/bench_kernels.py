@@ -175,7 +175,7 @@ def markdown(report: dict) -> str:
     + ', '.join(f'{name} {version}' for name, version in report['versions'].items())
     + (f', XLA_FLAGS {report["xla_flags"]}' if report['xla_flags'] else ''),
     f'`{report["command"]}`: median of {report["repeats"]}, candidates in turns.',
-    f'Floors: {peaks.bytes / 1e9:,.0f} GB/s (copy) and {peaks.flops / 1e12:,.2f} TFLOP/s (matmul), measured in the same run.',
+    f'Floors: {peaks.bytes / 1e9:.3g} GB/s (copy) and {peaks.flops / 1e12:.3g} TFLOP/s (matmul), measured in the same run.',
     '',
     '| shape | candidate | pass | ms | quartiles | floor ms | GB/s | TFLOP/s | peak MB | in + out MB |',
     '|---|---|---|---|---|---|---|---|---|---|',
