@@ -488,7 +488,7 @@ def with_file_limit(size: int, step: int) -> Callable[[pathlib.Path], int]:
   return act
 
 
-NEWER = ('run/metrics.jsonl', 'run/checkpoints/6.orbax', *REFUSED)
+NEWER = ('run/metrics.jsonl', 'run/goodput.json', 'run/checkpoints/6.orbax', *REFUSED)
 cases(
   17,
   ('workdir below a file', '--workdir=text.txt/run', ('--workdir', 'text.txt', 'a file, not a folder')),
