@@ -92,7 +92,7 @@ class Attention(Layer):
       where = {'positions': (ctx.positions, TOKENS)}
     k_BTGP, v_BTGP = cut_groups(k_BTGP, ctx), cut_groups(v_BTGP, ctx)
     operands = {'q': (q_BTHP, PER_HEAD), 'k': (k_BTGP, PER_HEAD), 'v': (v_BTGP, PER_HEAD), **where}
-    (y_BTHP,) = ctx.local(_attend, operands, (PER_HEAD,))
+    (y_BTHP,) = ctx.local(functools.partial(_attend, _named(c.implementation)), operands, (PER_HEAD,))
     y = ctx.constrain(y_BTHP, PER_HEAD).reshape(b, t, c.heads * c.head_dim)
     return self.linear('out', y, config.d_model, ('heads', 'embed'), normal(self.output_std())), cache
 
@@ -284,13 +284,14 @@ def _named(implementation: str) -> str | None:
 
 
 def _attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, positions: jax.Array | None = None
-) -> tuple[jax.Array]:
-  """Attention of tokens to one another, or with `positions` [b, t] to the slots 0..s-1 of a cache."""
+  implementation: str | None, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None,
+  positions: jax.Array | None = None,
+) -> tuple[jax.Array]:  # fmt: skip
+  """Attention of tokens to one another, or with `positions` [b, t] to the slots 0..s-1 of a cache (always in XLA)."""
   if positions is None:
-    return (attention(q, k, v, q_segments=segments, k_segments=segments),)
+    return (attention(q, k, v, q_segments=segments, k_segments=segments, implementation=implementation),)
   slots = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
-  return (attention(q, k, v, q_positions=positions, k_positions=slots),)
+  return (attention(q, k, v, q_positions=positions, k_positions=slots, implementation='xla'),)
 
 
 def _write(cache_BSGP: jax.Array, new_BTGP: jax.Array, positions_BT: jax.Array) -> jax.Array:
