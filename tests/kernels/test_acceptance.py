@@ -79,7 +79,7 @@ def runs(*implementations, small=(None,), full=(None,), name=None, interpreted=T
 
   def params(implementation, cases, *marks):
     for i, case in enumerate(cases):
-      label = [implementation, 'full' if marks else 'small']
+      label = [implementation, marks[0].name if marks else 'small']
       if name:
         label.append(str(case) if isinstance(case, int | str) else str(i))
       yield pytest.param(*(Run(implementation, bool(marks)), case)[: 2 if name else 1], id='-'.join(label), marks=marks)
