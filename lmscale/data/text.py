@@ -1,18 +1,21 @@
 """Plain text files and JSONL as documents.
 
-Policy for bad input: invalid UTF-8 is replaced by U+FFFD, a byte order mark is dropped, line ends and NUL are kept,
+Policy for bad input: invalid UTF-8 is replaced by U+FFFD and counted, a byte order mark is dropped, line ends and NUL are kept,
 an empty text is no document. A JSONL line that gives no text is skipped and noted, up to `MAX_SKIPPED` per file. An
 archive that breaks off is an error after its last whole line: no text is lost in silence.
 """
 
 import hashlib
 import json
+import logging
 import pathlib
 from collections.abc import Iterator
 
 from lmscale.data import document, files
 from lmscale.data import tokenizer as tokenizer_lib
 from lmscale.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 100  # lines of one file
 MAX_TEXT = 1 << 24  # bytes of a text file that are one document; a longer file is cut after line ends
@@ -41,10 +44,12 @@ class TextSource:
 
   def documents(self, skipped: list[str]) -> Iterator[document.Document]:
     """The documents in order of path. `skipped` receives a 'file:line: reason' for each one left out."""
+    replaced = _Replaced()
     for path in self.files:
       for raw in _pieces(path):
-        if text := _valid(raw):
+        if text := replaced.valid(raw, path).encode():
           yield document.Document(text, document.split_key(text))
+    replaced.report()
 
 
 class JsonlSource(TextSource):
@@ -62,10 +67,11 @@ class JsonlSource(TextSource):
     return found if self.field == 'text' else f'{found} {self.field!r}'
 
   def documents(self, skipped: list[str]) -> Iterator[document.Document]:
+    replaced = _Replaced()
     for path in self.files:
       bad = 0
       for number, line in files.lines(path):
-        text, reason = _parse(line, self.field)
+        text, reason = _parse(line, self.field, replaced, f'{path}:{number}')
         if reason:
           bad += 1
           skipped.append(f'{path}:{number}: {reason}')
@@ -74,6 +80,31 @@ class JsonlSource(TextSource):
                               f'give no text: is it JSON lines with a string field {json.dumps(self.field)}?')
         if text:
           yield document.Document(text, document.split_key(text))
+    replaced.report()
+
+
+class _Replaced:
+  """Counts what is no text and becomes U+FFFD."""
+
+  def __init__(self):
+    self.count, self.first = 0, ''
+
+  def note(self, count: int, place: object) -> None:
+    self.first = self.first or (str(place) if count else '')
+    self.count += count
+
+  def valid(self, raw: bytes, place: object) -> str:
+    """`raw` as text."""
+    try:
+      return raw.decode()
+    except UnicodeDecodeError:
+      text = raw.decode('utf-8', 'replace')
+      self.note(text.count('\ufffd') - raw.count('\ufffd'.encode()), place)
+      return text
+
+  def report(self) -> None:
+    if self.count:
+      log.warning('%d pieces of invalid UTF-8 became U+FFFD, the first in %s', self.count, self.first)
 
 
 def _pieces(path: pathlib.Path) -> Iterator[bytes]:
@@ -104,21 +135,13 @@ def _cut(text: bytes) -> int:
   return next((at for at in range(MAX_TEXT, max(MAX_TEXT - 4, 0), -1) if text[at] & 0xc0 != 0x80), MAX_TEXT)
 
 
-def _valid(raw: bytes) -> bytes:
-  try:
-    raw.decode()
-    return raw
-  except UnicodeDecodeError:
-    return raw.decode('utf-8', 'replace').encode()
-
-
-def _parse(line: bytes | None, field: str) -> tuple[bytes, str]:
+def _parse(line: bytes | None, field: str, replaced: _Replaced, place: str) -> tuple[bytes, str]:
   """(UTF-8 text, '') or (b'', why the line gives no text)."""
   if line is None:
     return b'', f'longer than {files.MAX_LINE} bytes'
   name = json.dumps(field)
   try:
-    text = line.decode('utf-8', 'replace')
+    text = replaced.valid(line, place)
     record = json.loads(text)
     twice = text.count(name) > 1 and isinstance(record, dict) and _count(text, field) > 1
   except (ValueError, RecursionError) as error:
@@ -132,6 +155,7 @@ def _parse(line: bytes | None, field: str) -> tuple[bytes, str]:
     return b'', f'field {name} twice'
   if not isinstance(record[field], str):
     return b'', f'field {name} is not a string'
+  replaced.note(sum('\ud800' <= c <= '\udfff' for c in record[field]) if '\\u' in text else 0, place)
   return tokenizer_lib.to_utf8(record[field]), ''
 
 

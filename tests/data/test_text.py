@@ -137,3 +137,16 @@ def test_another_field(tmp_path):
   found, skipped = texts(text.JsonlSource(str(path), field='body'))
   assert found == [b'one'] and skipped == [f'{path}:2: no field "body"']
   assert text.JsonlSource(str(path), field='body').digest() != text.JsonlSource(str(path)).digest()
+
+
+def test_what_is_replaced_is_counted(tmp_path, caplog):
+  (tmp_path / 'a.txt').write_bytes('kept \ufffd'.encode())
+  assert texts(text.TextSource(str(tmp_path)))[0] and not caplog.messages
+  (tmp_path / 'b.txt').write_bytes('kept \ufffd '.encode() + b'\xff and \xfe')
+  (tmp_path / 'c.jsonl').write_bytes(b'{"text": "fine"}\n{"text": "\xff \\ud800 \\u00e9"}\n')
+  texts(text.TextSource(str(tmp_path)))
+  texts(text.JsonlSource(str(tmp_path)))
+  assert [message.replace(str(tmp_path), '.') for message in caplog.messages] == [
+    '2 pieces of invalid UTF-8 became U+FFFD, the first in ./b.txt',
+    '2 pieces of invalid UTF-8 became U+FFFD, the first in ./c.jsonl:2',
+  ]
