@@ -130,7 +130,10 @@ def check_identity(old: Any, new: Any, path: pathlib.Path) -> None:
   lines = [f'  {n or "identity"}: {_show(before, n)} -> {_show(after, n)}' for n in {**before, **after}
            if before.get(n) != after.get(n)]  # fmt: skip
   if lines:
-    heading = f'workdir {path} was trained on other data than it would read now; restore it or give another --workdir:'
+    heading = (
+      f'workdir {path} was trained on other data than it would read now; restore it, or start a new run from its '
+      f'parameters (another --workdir with --config.train.init_from={path}):'
+    )
     raise ConfigError('\n'.join([heading, *lines]))
 
 
