@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lmscale.errors import ConfigError
+from lmscale.parallel import distributed
 from lmscale.train.checkpoint import Checkpointer, checksums
 
 SPECS = {'w': PartitionSpec('data', 'tensor'), 'b': PartitionSpec('tensor'), 'half': PartitionSpec(None, 'data')}
@@ -169,6 +170,25 @@ def test_damage_falls_back_loudly_and_is_kept(tmp_path, caplog, kind):
     with pytest.raises(ConfigError, match='20 is damaged'):
       DAMAGE[kind](tmp_path / '20')
       Checkpointer(tmp_path).restore(abstract(new), step=20)
+
+
+def test_where_one_of_several_processes_cannot_read_none_goes_back(tmp_path, monkeypatch):
+  """The others would wait for it, each in another collective."""
+  tree = {'w': jnp.ones((4, 4))}
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, tree, {})
+    checkpoints.save(2, tree, {}, wait=True)
+    restore = checkpoints._manager.restore
+
+    def unreadable(step, args):
+      if args.get('state') is not None:
+        raise OSError('no such shard')
+      return restore(step, args=args)
+
+    monkeypatch.setattr(checkpoints._manager, 'restore', unreadable)
+    monkeypatch.setattr(distributed, 'count', lambda: 2)
+    with pytest.raises(ConfigError, match='2 cannot be read here .*no such shard.* move its folder away'):
+      checkpoints.restore(abstract(tree))
 
 
 def test_all_damaged(tmp_path):
