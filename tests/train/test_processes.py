@@ -67,9 +67,9 @@ def arguments(folder, data, change):
 
 
 class Two:
-  """Two processes of one run; `err` and `rows` are what each printed to standard error and asked its loader for."""
+  """Two processes of one run; `second`: fields of the second process alone; `err` and `rows` are what each printed to standard error and asked its loader for."""
 
-  def __init__(self, folder, data, change=(), sleep=0.0):
+  def __init__(self, folder, data, change=(), sleep=0.0, second=()):
     with socket.socket() as probe:
       probe.bind(('127.0.0.1', 0))
       address = f'127.0.0.1:{probe.getsockname()[1]}'
@@ -83,7 +83,7 @@ class Two:
       environ |= {'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir}
       environ |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
       environ |= {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(i)}
-      command = [sys.executable, '-c', SCRIPT, *arguments(folder, data, dict(change))]
+      command = [sys.executable, '-c', SCRIPT, *arguments(folder, data, dict(change) | (dict(second) if i else {}))]
       with self.out[i].open('w') as out, self.err[i].open('w') as err:
         self.processes.append(subprocess.Popen(command, env={**os.environ, **environ}, stdout=out, stderr=err))
 
@@ -246,6 +246,13 @@ def test_all_go_back_together_past_a_damaged_checkpoint(tmp_path, whole, one, da
 
 
 def test_a_mistake_of_one_process_ends_all_with_its_exit_code(tmp_path, data):
+  two = Two(tmp_path / 'run', data, second={'data.sources.0.path': str(tmp_path / 'nowhere.txt')})
+  assert two.wait(120) == [2, 2]
+  assert 'error: process 1 of 2: ' in two.said(1) and 'nowhere.txt' in two.said(1)
+  assert 'process 1 of 2 ended with exit code 2' in two.said(0) and 'error: ' not in two.said(0)
+
+
+def test_devices_that_the_mesh_does_not_fill(tmp_path, data):
   two = Two(tmp_path / 'run', data, {'mesh.data': 3, 'mesh.tensor': 2})
   assert two.wait(120) == [2, 2]
   assert 'error: mesh: pipe 1 * data 3 * tensor 2 = 6, but there are 8 devices' in two.said(0)
