@@ -666,6 +666,11 @@ def without(*packages: str) -> Callable:
   def prepare(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in packages:
       monkeypatch.setitem(sys.modules, package, None)
+    # Another test may have imported these, or have filled the cache.
+    for name in ('tfds_source', 'stdlib_dataset'):
+      monkeypatch.delitem(sys.modules, f'lmscale.data.{name}', raising=False)
+      monkeypatch.delattr(f'lmscale.data.{name}', raising=False)
+    monkeypatch.setenv('LMSCALE_CACHE', str(folder.parent / 'no cache yet'))
     if (folder / 'tokenizer.json').exists():
       write_tokenizer(folder, 'xyz')  # one that no test has opened yet
 
