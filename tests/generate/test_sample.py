@@ -11,7 +11,6 @@ from lmscale.models import model
 from lmscale.models.context import plain_context
 from lmscale.train.program import Program
 
-
 MESHES = {'one': MeshConfig(1, 1, 1, 0), 'mesh': MeshConfig(1, 4, 2, 3), 'cut groups': MeshConfig(1, 2, 4, 1, True)}
 
 
