@@ -333,9 +333,11 @@ def test_none_picks_the_gpu_kernel_where_it_can(monkeypatch):
 
   assert chosen(x) == ('ssd_xla', xla.default_chunk())
   monkeypatch.setattr(platform, 'nvidia', lambda: True)
-  assert chosen(x) == ('ssd_pallas_triton', api.PALLAS_CHUNK)
-  assert chosen(x, 48) == ('ssd_xla', 48)  # not a size of the kernel's
-  assert chosen(jnp.zeros((2, 16, 4, 130))) == ('ssd_xla', xla.default_chunk())
+  half = x.astype(jnp.bfloat16)
+  assert chosen(half) == ('ssd_pallas_triton', api.PALLAS_CHUNK)
+  assert chosen(x) == ('ssd_xla', xla.default_chunk())  # float32 means float32
+  assert chosen(half, 48) == ('ssd_xla', 48)  # not a size of the kernel's
+  assert chosen(jnp.zeros((2, 16, 4, 130), jnp.bfloat16)) == ('ssd_xla', xla.default_chunk())
 
 
 def test_errors_are_one_clear_line():

@@ -56,8 +56,8 @@ def ssd(
     chunk: tokens handled at a time, which changes the speed and not the result; any length l is allowed. None
       chooses per implementation and platform; 'scan' takes one token at a time in any case.
     implementation: 'scan' (one token at a time, the oracle), 'xla' (chunked) or 'pallas_triton' (an NVIDIA GPU
-      kernel). 'pallas_mosaic' is refused until its numerics were checked on a GPU. None chooses: 'pallas_triton' on
-      an NVIDIA GPU where it can do the shapes, else 'xla'.
+      kernel). 'pallas_mosaic' is refused until its numerics were checked on a GPU. None chooses: 'pallas_triton' for
+      16-bit x on an NVIDIA GPU where it can do the shapes, else 'xla'.
     deterministic: False lets the backward pass of a Pallas kernel sum in any order, which is faster; the others are
       deterministic in any case.
     interpret: run 'pallas_triton' on the CPU, slowly, for tests.
@@ -96,7 +96,9 @@ def _choose(x, B, chunk, name, deterministic, interpret):
   if interpret and name != 'pallas_triton':
     raise ValueError(f"ssd: interpret=True is for implementation 'pallas_triton', not {name!r}")
   if name is None:
-    can = platform.nvidia() and _load('pallas_triton').unsupported(x, B, chunk or PALLAS_CHUNK) is None
+    # float32 stays out: on a GPU the kernel multiplies it as three TF32 products, which nobody has measured yet.
+    can = x.dtype.itemsize == 2 and platform.nvidia()
+    can = can and _load('pallas_triton').unsupported(x, B, chunk or PALLAS_CHUNK) is None
     name = 'pallas_triton' if can else 'xla'
   if name not in IMPLEMENTATIONS:
     raise ValueError(f"ssd: implementation '{name}' is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")

@@ -138,6 +138,7 @@ def load_rows(ref, start, plan: Plan, width: int, head=None) -> jax.Array:
 
 
 def store_rows(ref, value, start, plan: Plan, width: int, head=None) -> None:
+  """The inverse of `load_rows`: what lies outside the array is not stored."""
   rows, mask = _rows(ref, start, plan, width, head)
   pltriton.store(rows, value.astype(ref.dtype), mask=mask)
 
@@ -159,20 +160,24 @@ def load_row(ref, width: int, head=None) -> jax.Array:
 
 
 def store_row(ref, value, index, width: int) -> None:
+  """Stores a vector of `width` elements at `index`."""
   pltriton.store(ref.at[index], value, mask=_row_mask(ref, width))
 
 
 def load_vector(ref, start, plan: Plan, head=None) -> jax.Array:
+  """[q], a number per token from token `start` (of head `head`, where the block has several)."""
   rows = pl.ds(start, plan.q)
   return pltriton.load(ref.at[rows if head is None else (head, rows)])
 
 
 def store_vector(ref, value, start, plan: Plan, head=None) -> None:
+  """The inverse of `load_vector`."""
   rows = pl.ds(start, plan.q)
   pltriton.store(ref.at[rows if head is None else (head, rows)], value)
 
 
 def store_scalar(ref, value, index) -> None:
+  """Stores one number at `index`."""
   pltriton.store(ref.at[index], value)
 
 
