@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmscale.kernels import platform
+from lmscale.kernels import choice
 from lmscale.kernels.ssd import api, ssd, xla
 
 # Two rows: padding at the end, and leading, inner and trailing padding with skipped ids.
@@ -310,7 +310,7 @@ def test_named_implementations_are_strict():
   arguments = make(l=16, p=8, n=16, dtype=np.float32)
   with pytest.raises(ValueError, match="implementation 'cuda' is unknown; choose one of scan, xla, pallas_triton"):
     ssd(**arguments, implementation='cuda')
-  with pytest.raises(ValueError, match="'pallas_mosaic' does not run yet: its numerics were not yet checked on a GPU"):
+  with pytest.raises(ValueError, match="'pallas_mosaic' cannot do this: its numerics were not yet checked on a GPU"):
     ssd(**arguments, implementation='pallas_mosaic')
   with pytest.raises(ValueError, match="interpret=True is for implementation 'pallas_triton', not 'xla'"):
     ssd(**arguments, implementation='xla', interpret=True)
@@ -332,7 +332,7 @@ def test_none_picks_the_gpu_kernel_where_it_can(monkeypatch):
     return getattr(run, 'func', run).__name__, chunk
 
   assert chosen(x) == ('ssd_xla', xla.default_chunk())
-  monkeypatch.setattr(platform, 'nvidia', lambda: True)
+  monkeypatch.setattr(choice, 'nvidia', lambda: True)
   half = x.astype(jnp.bfloat16)
   assert chosen(half) == ('ssd_pallas_triton', api.PALLAS_CHUNK)
   assert chosen(x) == ('ssd_xla', xla.default_chunk())  # float32 means float32

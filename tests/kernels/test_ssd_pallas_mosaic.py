@@ -134,7 +134,7 @@ def test_says_what_it_cannot_do(change, reason):
 def test_is_refused_until_it_ran_on_a_gpu():
   inputs = functools.partial(_inputs, 1, 64, 2, 1, 64, dtype=jnp.bfloat16)
   (x, dt, A, B, C, D, _), _ = jax.eval_shape(inputs)
-  with pytest.raises(ValueError, match="'pallas_mosaic' does not run yet: its numerics were not yet checked"):
+  with pytest.raises(ValueError, match="'pallas_mosaic' cannot do this: its numerics were not yet checked"):
     ssd(x, dt, A, B, C, D=D, implementation='pallas_mosaic')
 
 

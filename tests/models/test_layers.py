@@ -1,5 +1,6 @@
 """Each layer kind: packing, decoding, dtypes, counts."""
 
+import functools
 import itertools
 import math
 import re
@@ -17,9 +18,15 @@ from lmscale.models.layers import rope
 KINDS = {'M': 'M', 'm': 'm', '*': '*', '-': '-', 'all': 'M-m*'}
 
 
-def _logits(config, params, tokens, ctx=None):
-  hidden, _, _ = model.forward(config, params, tokens, ctx or plain_context(tokens))
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, tokens, positions=None, segments=None):
+  ctx = plain_context(tokens) if positions is None else Context(positions, segments)
+  hidden, _, _ = model.forward(config, params, tokens, ctx)
   return model.logits(config, params, hidden)
+
+
+def _init(config, dtype=jnp.float32):
+  return jax.jit(functools.partial(model.init_layers, config, 0, dtype))()
 
 
 @pytest.mark.parametrize('pattern', KINDS.values(), ids=KINDS)
@@ -27,12 +34,12 @@ def _logits(config, params, tokens, ctx=None):
 def test_packed_documents_equal_documents_alone(pattern, positions):
   config = tiny.change(tiny.MODEL, pattern=pattern, positions=positions, max_positions=16)
   with jax.enable_x64(True):
-    params = model.init_layers(config, 0, jnp.float64)
+    params = _init(config, jnp.float64)
     tokens = jax.random.randint(jax.random.key(1), (1, 16), 0, config.vocab)
     cuts = [0, 5, 6, 13, 16]
     segments = np.repeat([1, 2, 3, 0], np.diff(cuts))[None]
     positions = np.concatenate([np.arange(n) for n in np.diff(cuts)])[None]
-    packed = _logits(config, params, tokens, Context(jnp.asarray(positions), jnp.asarray(segments)))
+    packed = _logits(config, params, tokens, positions, segments)
     for start, stop in itertools.pairwise(cuts[:-1]):
       alone = _logits(config, params, tokens[:, start:stop])
       np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-10)
@@ -43,23 +50,29 @@ def test_decoding_with_caches_equals_one_pass(pattern):
   config = tiny.change(tiny.MODEL, pattern=pattern)
   plan = stack.make_plan(config.layers, 'unrolled')
   with jax.enable_x64(True):
-    params = model.init_layers(config, 0, jnp.float64)
+    params = _init(config, jnp.float64)
     params['layers'] = stack.from_layers(params['layers'], plan)
     tokens = jax.random.randint(jax.random.key(1), (2, 13), 0, config.vocab)
-    hidden, _, _ = model.forward(config, params, tokens, plain_context(tokens), plan=plan)
+
+    @jax.jit
+    def forward(tokens, positions, caches):
+      ctx = plain_context(tokens) if positions is None else Context(positions)
+      return model.forward(config, params, tokens, ctx, caches, plan)[:2]
+
+    hidden, _ = forward(tokens, None, None)
     caches = model.empty_caches(config, plan, 2, 13, jnp.float64)
     parts, start = [], 0
     for size in (6, 1, 1, 3, 2):
       part = tokens[:, start : start + size]
       positions = jnp.broadcast_to(start + jnp.arange(size), part.shape)
-      out, caches, _ = model.forward(config, params, part, Context(positions), caches, plan)
+      out, caches = forward(part, positions, caches)
       parts.append(out)
       start += size
     np.testing.assert_allclose(jnp.concatenate(parts, 1), hidden, atol=1e-10)
 
 
 def test_bfloat16_stays_near_float32():
-  params = model.init_layers(tiny.MODEL, 0)
+  params = _init(tiny.MODEL)
   tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 40)
   specs = model.param_specs(tiny.MODEL)
   low = jax.tree.map(lambda spec, x: x if spec.full_precision else x.astype(jnp.bfloat16), specs, params)

@@ -6,8 +6,8 @@ they are the places in the row. `cudnn.unsupported` says what cuDNN cannot do.
 
 import jax
 
+from lmscale.kernels import choice
 from lmscale.kernels.attention import cudnn, xla
-from lmscale.kernels.platform import nvidia
 
 IMPLEMENTATIONS = {'xla': xla.attention_xla, 'cudnn': cudnn.attention_cudnn}
 
@@ -54,12 +54,9 @@ def attention(
   if (q_segments is None) != (k_segments is None):
     raise ValueError('attention: give both q_segments and k_segments, or neither')
   arguments = (q, k, v, q_positions, k_positions, q_segments, k_segments)
-  if implementation is None:
-    can = nvidia() and q_segments is None and cudnn.unsupported(*arguments) is None
-    implementation = 'cudnn' if can else 'xla'
-  if implementation not in IMPLEMENTATIONS:
-    known = ', '.join(IMPLEMENTATIONS)
-    raise ValueError(f"attention: implementation '{implementation}' is unknown; choose one of {known}")
-  if implementation == 'cudnn' and (reason := cudnn.unsupported(*arguments)) is not None:
-    raise ValueError(f"attention: implementation 'cudnn' cannot do this: {reason}; 'xla' can")
-  return IMPLEMENTATIONS[implementation](*arguments)
+  preferred = ('cudnn', 'xla') if q_segments is None and choice.nvidia() else ('xla',)
+  name = choice.choose(
+    'attention', implementation, tuple(IMPLEMENTATIONS), preferred,
+    lambda name: cudnn.unsupported(*arguments) if name == 'cudnn' else None,
+  )  # fmt: skip
+  return IMPLEMENTATIONS[name](*arguments)

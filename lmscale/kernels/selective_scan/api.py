@@ -12,8 +12,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 
-from lmscale.kernels import segments
-from lmscale.kernels.platform import nvidia
+from lmscale.kernels import choice, segments
 from lmscale.kernels.selective_scan import scan, xla
 
 IMPLEMENTATIONS = ('scan', 'xla', 'pallas_triton')
@@ -85,21 +84,16 @@ def selective_scan(
 
 def _choose(x, B, chunk, name, deterministic, interpret):
   """The function of the implementation called `name`; None: the best one here."""
-  if interpret and name != 'pallas_triton':
-    raise ValueError(f"selective_scan: interpret=True is for implementation 'pallas_triton', not {name!r}")
-  if name is None:
-    can = x.shape[1] > 1 and nvidia() and _pallas_triton().unsupported(x, B, chunk) is None
-    name = 'scan' if x.shape[1] == 1 else 'pallas_triton' if can else 'xla'
-  if name not in IMPLEMENTATIONS:
-    known = ', '.join(IMPLEMENTATIONS)
-    raise ValueError(f"selective_scan: implementation '{name}' is unknown; choose one of {known}")
+
+  def unsupported(name):
+    return _pallas_triton().unsupported(x, B, chunk) if name == 'pallas_triton' else None
+
+  preferred = ('scan',) if x.shape[1] == 1 else ('pallas_triton', 'xla') if choice.nvidia() else ('xla',)
+  name = choice.choose('selective_scan', name, IMPLEMENTATIONS, preferred, unsupported, interpret)
   if name == 'scan':
     return scan.selective_scan_scan
   if name == 'xla':
     return functools.partial(xla.selective_scan_xla, chunk=chunk)
-  reason = _pallas_triton().unsupported(x, B, chunk)
-  if reason is not None:
-    raise ValueError(f"selective_scan: implementation '{name}' cannot do this: {reason}")
   options = {'chunk': chunk, 'deterministic': deterministic, 'interpret': interpret}
   return functools.partial(_pallas_triton().selective_scan_pallas_triton, **options)
 

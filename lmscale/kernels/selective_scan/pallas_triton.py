@@ -31,7 +31,7 @@ def unsupported(x: jax.Array, B: jax.Array, chunk: int | None = None) -> str | N
   if MISSING:
     return MISSING
   if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-    return f"x is {x.dtype}; the kernel has float32, bfloat16 and float16, 'xla' has the others"
+    return f'x is {x.dtype}; the kernel has float32, bfloat16 and float16'
   if B.shape[3] > 256:
     return f'a state of {B.shape[3]} per channel is more than the 256 that fit on chip'
   if (chunk or CHUNK) % kernels.UNROLL:

@@ -12,7 +12,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 
-from lmscale.kernels import platform, segments
+from lmscale.kernels import choice, segments
 from lmscale.kernels.ssd import scan, xla
 from lmscale.kernels.ssd_update import ssd_update
 
@@ -93,27 +93,22 @@ def ssd(
 
 def _choose(x, B, chunk, name, deterministic, interpret):
   """The function of the implementation called `name` (None: the best one here), and its chunk."""
-  if interpret and name != 'pallas_triton':
-    raise ValueError(f"ssd: interpret=True is for implementation 'pallas_triton', not {name!r}")
-  if name is None:
-    # float32 stays out: on a GPU the kernel multiplies it as three TF32 products, which nobody has measured yet.
-    can = x.dtype.itemsize == 2 and platform.nvidia()
-    can = can and _load('pallas_triton').unsupported(x, B, chunk or PALLAS_CHUNK) is None
-    name = 'pallas_triton' if can else 'xla'
-  if name not in IMPLEMENTATIONS:
-    raise ValueError(f"ssd: implementation '{name}' is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
-  if name in UNCHECKED:
-    raise ValueError(f"ssd: implementation '{name}' does not run yet: {UNCHECKED[name]}; use 'pallas_triton' or 'xla'")
+
+  def unsupported(name):
+    if not name.startswith('pallas'):
+      return None
+    return UNCHECKED.get(name) or _load(name).unsupported(x, B, chunk or PALLAS_CHUNK)
+
+  # float32 stays out: on a GPU the kernel multiplies it as three TF32 products, which nobody has measured yet.
+  preferred = ('pallas_triton', 'xla') if x.dtype.itemsize == 2 and choice.nvidia() else ('xla',)
+  name = choice.choose('ssd', name, IMPLEMENTATIONS, preferred, unsupported, interpret)
   if name == 'scan':
     return scan.ssd_scan, 1
   if name == 'xla':
     return xla.ssd_xla, chunk or xla.default_chunk()
-  module, chunk = _load(name), chunk or PALLAS_CHUNK
-  reason = module.unsupported(x, B, chunk)
-  if reason is not None:
-    raise ValueError(f"ssd: implementation '{name}' cannot do this: {reason}")
   options = {'interpret': interpret} if name == 'pallas_triton' else {}
-  return functools.partial(getattr(module, f'ssd_{name}'), deterministic=deterministic, **options), chunk
+  run = getattr(_load(name), f'ssd_{name}')
+  return functools.partial(run, deterministic=deterministic, **options), chunk or PALLAS_CHUNK
 
 
 def _load(name):

@@ -39,7 +39,7 @@ def unsupported(x: jax.Array, B: jax.Array, chunk: int) -> str | None:
   if MISSING:
     return MISSING
   if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-    return f"x is {x.dtype}; the kernel has float32, bfloat16 and float16, 'xla' has the others"
+    return f'x is {x.dtype}; the kernel has float32, bfloat16 and float16'
   p, n = x.shape[3], B.shape[3]
   if p > 128 or n > 256:
     return f'head_dim {p} and state {n} are more than the 128 and 256 that fit on chip'

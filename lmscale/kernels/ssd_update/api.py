@@ -5,7 +5,7 @@ import importlib
 
 import jax
 
-from lmscale.kernels import platform
+from lmscale.kernels import choice
 from lmscale.kernels.ssd_update.xla import ssd_update_xla
 
 IMPLEMENTATIONS = ('xla', 'pallas_triton')
@@ -55,18 +55,12 @@ def ssd_update(
 
 
 def _choose(state, x, name, interpret):
-  if interpret and name != 'pallas_triton':
-    raise ValueError(f"ssd_update: interpret=True is for implementation 'pallas_triton', not {name!r}")
-  if name is None:
-    name = 'pallas_triton' if platform.nvidia() and _pallas().unsupported(state, x) is None else 'xla'
-  if name not in IMPLEMENTATIONS:
-    known = ', '.join(IMPLEMENTATIONS)
-    raise ValueError(f"ssd_update: implementation '{name}' is unknown; choose one of {known}")
-  if name == 'xla':
+  def unsupported(name):
+    return _pallas().unsupported(state, x) if name == 'pallas_triton' else None
+
+  preferred = ('pallas_triton', 'xla') if choice.nvidia() else ('xla',)
+  if choice.choose('ssd_update', name, IMPLEMENTATIONS, preferred, unsupported, interpret) == 'xla':
     return ssd_update_xla
-  reason = _pallas().unsupported(state, x)
-  if reason is not None:
-    raise ValueError(f"ssd_update: implementation '{name}' cannot do this: {reason}")
   return functools.partial(_pallas().ssd_update_pallas_triton, interpret=interpret)
 
 

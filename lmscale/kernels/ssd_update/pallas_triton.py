@@ -30,7 +30,7 @@ def unsupported(state: jax.Array, x: jax.Array) -> str | None:
     return MISSING
   for name, array in (('state', state), ('x', x)):
     if array.dtype not in FLOATS:
-      return f"{name} is {array.dtype}; the kernel has float32, bfloat16 and float16, 'xla' has the others"
+      return f'{name} is {array.dtype}; the kernel has float32, bfloat16 and float16'
   if state.shape[3] > TILE_ELEMENTS:
     return f'state {state.shape[3]} is more than the {TILE_ELEMENTS} that fit on chip'
   return None
