@@ -16,10 +16,11 @@ from flax import linen as nn
 from lmscale.config import Mamba2Config, MambaConfig, ModelConfig
 from lmscale.kernels.attention import attention
 from lmscale.kernels.causal_conv import causal_conv
+from lmscale.kernels.linear import linear
 from lmscale.kernels.selective_scan import selective_scan
 from lmscale.kernels.ssd import ssd
 from lmscale.models.context import Context
-from lmscale.models.norms import accumulator, gated_group_norm, norm
+from lmscale.models.norms import accumulator, gated_group_norm, keep_inputs, norm
 from lmscale.models.params import (
   constant,
   fan_in_uniform,
@@ -61,7 +62,7 @@ class Layer(nn.Module):
   def linear(self, name: str, x: jax.Array, size: int, axes: tuple[str, str], init: Any) -> jax.Array:
     """x @ <name>_kernel (+ <name>_bias where the model has biases). x: [..., in] -> [..., size]."""
     kernel = weight(self, f'{name}_kernel', (x.shape[-1], size), axes, init)
-    y = x @ kernel
+    y = linear(x, kernel)
     if self.config.bias:
       acc = accumulator(y.dtype)  # in which the gradient of the bias is then summed over tokens
       bias = weight(self, f'{name}_bias', (size,), (axes[1],), constant(0.0))
@@ -107,9 +108,9 @@ class MLP(Layer):
     kind = config.mlp.activation
     if kind in GATED:
       gate_BTF = self.linear('gate', h_BTD, d_ff, ('embed', 'ff'), init)
-      a_BTF = GATED[kind](gate_BTF) * up_BTF
+      a_BTF = keep_inputs(lambda gate, up: GATED[kind](gate) * up)(gate_BTF, up_BTF)
     else:
-      a_BTF = ACTIVATIONS[kind](up_BTF)
+      a_BTF = keep_inputs(ACTIVATIONS[kind])(up_BTF)
     a_BTF = ctx.constrain(a_BTF, ('batch', 'length', 'ff'))
     return self.linear('down', a_BTF, config.d_model, ('ff', 'embed'), normal(self.output_std())), cache
 
@@ -136,12 +137,12 @@ class Mamba2(Layer):
     new_cache = {}
     conv = {}
     for name, size, axis in (('x', inner, 'heads'), ('B', grouped, 'groups'), ('C', grouped, 'groups')):
-      conv[name], new_cache[f'window_{name}'] = self._conv(name, h_BTD @ kernels[name], size, axis, ctx, cache)
+      conv[name], new_cache[f'window_{name}'] = self._conv(name, linear(h_BTD, kernels[name]), size, axis, ctx, cache)
     dt_bias = weight(self, 'dt_bias', (c.heads,), ('heads',), inverse_softplus_dt(), full_precision=True)
     a_log = weight(self, 'A_log', (c.heads,), ('heads',), log_uniform_a(1.0, 16.0), full_precision=True)
     skip = weight(self, 'D', (c.heads,), ('heads',), constant(1.0), full_precision=True)
     x_BTHP = ctx.constrain(conv['x'].reshape(b, t, c.heads, c.head_dim), PER_HEAD)
-    dt_BTH = jax.nn.softplus((h_BTD @ kernels['dt']).astype(acc) + dt_bias.astype(acc))
+    dt_BTH = jax.nn.softplus(linear(h_BTD, kernels['dt']).astype(acc) + dt_bias.astype(acc))
     operands = {
       'x': (x_BTHP, PER_HEAD),
       'dt': (ctx.constrain(dt_BTH, HEADS), HEADS),
@@ -155,10 +156,10 @@ class Mamba2(Layer):
     op = functools.partial(ssd, **_options(c), deterministic=ctx.deterministic)
     y_BTHP, new_cache['state'] = ctx.local(op, operands, (PER_HEAD, ('batch', 'heads', None, None)))
     scale = weight(self, 'gate_norm_scale', (inner,), ('heads',), constant(1.0), full_precision=True)
-    z_BTHP = (h_BTD @ kernels['z']).reshape(b, t, c.heads, c.head_dim)
+    z_BTHP = linear(h_BTD, kernels['z']).reshape(b, t, c.heads, c.head_dim)
     y_BTHP = gated_group_norm(y_BTHP, z_BTHP, scale.reshape(c.heads, c.head_dim), c.groups, config.norm_eps, ctx)
     y = ctx.constrain(y_BTHP, PER_HEAD).reshape(b, t, inner)
-    out = y @ weight(self, 'out_kernel', (inner, d), ('heads', 'embed'), normal(self.output_std()))
+    out = linear(y, weight(self, 'out_kernel', (inner, d), ('heads', 'embed'), normal(self.output_std())))
     return out, None if cache is None else new_cache
 
   def _conv(
@@ -181,8 +182,8 @@ class Mamba(Layer):
     config, c = self.config, self.config.mamba
     d = h_BTD.shape[-1]
     acc = accumulator(h_BTD.dtype)
-    x_BTE = h_BTD @ weight(self, 'x_kernel', (d, c.d_inner), ('embed', 'heads'), fan_in_uniform(d))
-    z_BTE = h_BTD @ weight(self, 'z_kernel', (d, c.d_inner), ('embed', 'heads'), fan_in_uniform(d))
+    x_BTE = linear(h_BTD, weight(self, 'x_kernel', (d, c.d_inner), ('embed', 'heads'), fan_in_uniform(d)))
+    z_BTE = linear(h_BTD, weight(self, 'z_kernel', (d, c.d_inner), ('embed', 'heads'), fan_in_uniform(d)))
     x_BTE, window = causal_conv(
       x_BTE,
       weight(self, 'conv_kernel', (c.conv, c.d_inner), (None, 'heads'), fan_in_uniform(c.conv)),
@@ -193,13 +194,13 @@ class Mamba(Layer):
     width = c.dt_rank + 2 * c.state
     bcdt_kernel = weight(self, 'bcdt_kernel', (c.d_inner, width), ('heads', None), fan_in_uniform(c.d_inner))
     # One reduction over the mesh for dt's low-rank input, B and C together.
-    bcdt = ctx.constrain(x_BTE @ bcdt_kernel, ('batch', 'length', None))
+    bcdt = ctx.constrain(linear(x_BTE, bcdt_kernel), ('batch', 'length', None))
     dt_BTR, b_BTN, c_BTN = jnp.split(bcdt, [c.dt_rank, c.dt_rank + c.state], axis=-1)
     dt_kernel = weight(self, 'dt_kernel', (c.dt_rank, c.d_inner), (None, 'heads'), uniform(c.dt_rank**-0.5))
     dt_bias = weight(self, 'dt_bias', (c.d_inner,), ('heads',), inverse_softplus_dt(), full_precision=True)
     a_log = weight(self, 'A_log', (c.d_inner, c.state), ('heads', None), s4d_real_a, full_precision=True)
     skip = weight(self, 'D', (c.d_inner,), ('heads',), constant(1.0), full_precision=True)
-    dt_BTE = jax.nn.softplus((dt_BTR @ dt_kernel).astype(acc) + dt_bias.astype(acc))
+    dt_BTE = jax.nn.softplus(linear(dt_BTR, dt_kernel).astype(acc) + dt_bias.astype(acc))
     operands = {
       'x': (ctx.constrain(x_BTE, HEADS), HEADS),
       'dt': (ctx.constrain(dt_BTE, HEADS), HEADS),
@@ -216,7 +217,7 @@ class Mamba(Layer):
     y_BTE, state = ctx.local(op, operands, (HEADS, ('batch', 'heads', None)))
     y_BTE = ctx.constrain(y_BTE, HEADS)
     init = fan_in_uniform(c.d_inner, 1 / math.sqrt(len(config.layers)))
-    out = y_BTE @ weight(self, 'out_kernel', (c.d_inner, d), ('heads', 'embed'), init)
+    out = linear(y_BTE, weight(self, 'out_kernel', (c.d_inner, d), ('heads', 'embed'), init))
     return out, None if cache is None else {'window': window, 'state': state}
 
 

@@ -1,5 +1,7 @@
 """RMSNorm, LayerNorm, LayerNorm-1p and Mamba-2's grouped gated RMSNorm. Statistics are at least float32."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,6 +17,14 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
   return jnp.promote_types(jnp.float32, dtype)
 
 
+def keep_inputs(function: Callable) -> Callable:
+  """`function`, of which only the inputs are kept for the backward pass: for what is cheap to compute once more.
+
+  In a loop over layers, that is; of layers outside one the compiler may see that it could keep the results.
+  """
+  return jax.checkpoint(function, prevent_cse=False)
+
+
 def norm(module: nn.Module, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
   """Normalises the last dim of x [..., D] with the model's norm; declares norm_scale (and norm_bias) on `module`.
 
@@ -24,14 +34,16 @@ def norm(module: nn.Module, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
   centred = config.norm != 'rmsnorm'
   offset = config.norm == 'layernorm1p'
   scale = weight(module, 'norm_scale', (d,), ('embed',), constant(0.0 if offset else 1.0), full_precision=True)
-  x = x_BTD.astype(accumulator(x_BTD.dtype))
-  if centred:
-    x = x - x.mean(-1, keepdims=True)
-  x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
-  x = x * (1.0 + scale if offset else scale)
-  if centred:
-    x = x + weight(module, 'norm_bias', (d,), ('embed',), constant(0.0), full_precision=True)
-  return x.astype(x_BTD.dtype)
+  bias = weight(module, 'norm_bias', (d,), ('embed',), constant(0.0), full_precision=True) if centred else 0.0
+
+  def normalise(x_BTD: jax.Array, scale: jax.Array, bias: jax.Array | float) -> jax.Array:
+    x = x_BTD.astype(accumulator(x_BTD.dtype))
+    if centred:
+      x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
+    return (x * (1.0 + scale if offset else scale) + bias).astype(x_BTD.dtype)
+
+  return keep_inputs(normalise)(x_BTD, scale, bias)
 
 
 def gated_group_norm(

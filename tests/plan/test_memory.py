@@ -105,7 +105,7 @@ def test_pipeline_stages():
     check_mesh(gpt({'pipe': 9}))
 
 
-@pytest.mark.parametrize('remat,most', [('none', 1.35), pytest.param('full', 2.2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('remat,most', [('none', 1.5), pytest.param('full', 2.4, marks=pytest.mark.slow)])
 def test_the_compiler_agrees(remat, most):
   """XLA's own figures for the compiled step: the state exactly, the rest roughly (more where layers are recomputed)."""
   config = build({'tensor': 2, 'zero': 1}, {'batch': 16, 'microbatch': 2, 'remat': remat}, {'pattern': 'M-*'})
