@@ -12,3 +12,8 @@ import jax
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(__file__).parent.parent / '.cache' / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def pytest_collection_modifyitems(items):
+  """The longest file first, or at the end one of two test processes waits for it minutes long."""
+  items.sort(key=lambda item: item.path.name != 'test_processes.py')

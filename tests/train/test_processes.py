@@ -255,5 +255,5 @@ def test_a_mistake_of_one_process_ends_all_with_its_exit_code(tmp_path, data):
 def test_devices_that_the_mesh_does_not_fill(tmp_path, data):
   two = Two(tmp_path / 'run', data, {'mesh.data': 3, 'mesh.tensor': 2})
   assert two.wait(120) == [2, 2]
-  assert 'error: mesh: pipe 1 * data 3 * tensor 2 = 6, but there are 8 devices' in two.said(0) + two.said(1)
+  assert 'mesh: pipe 1 * data 3 * tensor 2 = 6, but there are 8 devices' in two.said(0) + two.said(1)
   assert not (tmp_path / 'run').exists()
