@@ -81,7 +81,7 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 def _whole(weight):
   """The weight, unchanged, in acc, as a matrix product: in a loop over layers XLA for CPUs would cut it out of all layers'
-  weights once more for every number it multiplies, six times slower."""
+  weights once more for every number it multiplies, which takes longer than the convolution."""
   acc = jnp.promote_types(jnp.float32, weight.dtype)
   identity = jnp.eye(len(weight), dtype=weight.dtype)
   return jnp.matmul(identity, weight, precision=jax.lax.Precision.HIGHEST, preferred_element_type=acc)

@@ -1,7 +1,7 @@
 """The matrix product of a layer, with a gradient of the matrix that contracts tokens along one axis.
 
 Differentiating x @ W contracts batch and time, two axes, which XLA for CPUs does by transposing what the layer after it
-hands back, computed a second time for that: an MLP's step took 1.5 times as long.
+hands back, computed a second time for that, which takes longer than the product.
 """
 
 import jax
