@@ -27,7 +27,7 @@ COLOURS = ('#08519c', '#d94801', '#238b45', '#6a51a3', '#a50f15', '#dd1c77', '#7
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--op', choices=sorted(OPS), default='ssd')
-  parser.add_argument('--shapes', default='', help='small, 8b, peers (ssd alone) or several; default small, on a GPU 8b')
+  parser.add_argument('--shapes', default='', help='small, 8b, wide, peers (these two ssd alone) or several; default small, on a GPU 8b')
   parser.add_argument('--lengths', default='', help='replaces the lengths of the shapes, e.g. 1024,4096')
   parser.add_argument('--implementations', default='', help='default: all of the operation')
   parser.add_argument('--dtype', default='', help='of the activations; default float32 on a CPU, else bfloat16')

@@ -174,6 +174,7 @@ def _ssd_shapes(heads: int) -> list[Shape]:
 
 LAYER = Shape(1, 4096, 128, 64, 8, 128)  # of the 8B models of arXiv 2406.07887
 SMALL = Shape(1, 4096, 8, 32, 2, 32)  # of the tiny models of configs/mamba_study.py, at the length of the 8B ones
+WIDE = Shape(1, 4096, 8, 64, 1, 64)  # one group, and a state four times as large
 SHAPES = {'small': [SMALL], '8b': [LAYER._replace(batch=b) for b in (1, 2, 4)]}
 PEERS = [shape for heads in (24, 48, 64, 80, 128) for shape in _ssd_shapes(heads)]  # those of TileOPs' SSD benchmark
 MAMBA1 = {name: [s._replace(groups=1, state=16) for s in shapes] for name, shapes in SHAPES.items()}
@@ -181,7 +182,7 @@ DECODE = {name: [shapes[0]._replace(batch=b, length=1) for b in (8, 64)] for nam
 
 SSD = ('scan', 'xla', 'pallas_triton', 'pallas_mosaic')
 OPS = {
-  'ssd': Op(SHAPES | {'peers': PEERS}, _ssd_inputs, _ssd, SSD, _ssd_flops, modes=True),
+  'ssd': Op(SHAPES | {'wide': [WIDE], 'peers': PEERS}, _ssd_inputs, _ssd, SSD, _ssd_flops, modes=True),
   'ssd_update': Op(DECODE, _update_inputs, _update, ('xla', 'pallas_triton'), backward=False),
   'selective_scan': Op(MAMBA1, _scan_inputs, _scan, ('scan', 'xla', 'pallas_triton')),
   'causal_conv': Op(SHAPES, _conv_inputs, _conv, ('xla',)),

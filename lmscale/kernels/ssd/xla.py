@@ -15,8 +15,9 @@ gradient G of the state. With S_ij = C_i . B_j, it is, dM_ij = dy_i . x_j:
   G   <- exp(cs_last) G + sum_i exp(cs_i) dy_i C_i^T
 
 and dcs, ddt from the same products. Layouts: heads are [groups g, heads per group r] and never merge with the batch, so
-that the partitioner cuts them without communication; H is [b, g, r, p, n], so that all heads of a group are one matmul.
-In the backward pass the [q, q] matrices are transposed, [j, i]. Sums of products are einsums: XLA's CPU compiler
+that the partitioner cuts them without communication. The rest is for XLA's CPU compiler: H is [b, g, n, r, p], so that all
+heads of a group are one matmul and no large operand is transposed; einsums give batch dimensions first, else it swaps
+the operands; in the backward pass the [q, q] matrices are transposed, [j, i]; sums of products are einsums, since it
 vectorises those and not a fused multiply and reduce.
 
 No array is indexed by a flat position: slices go along l in blocks, so sizes beyond 2^31 elements are XLA's business.
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 
 from lmscale.kernels.ssd.decay import chunk_decay
 
-BLOCK_TOKENS = 128  # what is held at a time of [q, q] matrices and states; a cache's worth on a CPU
+BLOCK_TOKENS = 256  # what is held at a time of [q, q] matrices and states; a cache's worth on a CPU
 BLOCK_CHUNKS = 8  # their walk is unrolled
 
 
@@ -53,57 +54,63 @@ def ssd_xla(x, dt, A, B, C, D, state, document, chunk):
   if document is not None:
     document = jnp.pad(document, ((0, 0), (0, missing)), mode='edge')
   cs = chunk_decay(dt, A, document, q)
-  x, dt, cs = (m.reshape(b, -1, g, h // g, *m.shape[3:]) for m in (x, dt, cs))
+  x, dt, cs = (m.reshape(b, -1, q, g, h // g, *m.shape[3:]) for m in (x, dt, cs))
+  B, C = (m.reshape(b, -1, q, g, n) for m in (B, C))
+  # A second copy with tokens last, made whole here: XLA's CPU compiler vectorises no strided read within the loop.
+  dt_t, cs_t = (jnp.moveaxis(m, 2, -1) for m in (dt, cs))
   if D is not None:
     D = jnp.broadcast_to(D.reshape(h, -1), (h, p)).reshape(g, h // g, p)
-  state = state.reshape(b, g, h // g, p, n)
-  y, state = _walk((k, q), x, dt, cs, B, C, D, state, document)
-  return y.reshape(b, -1, h, p)[:, :l], state.reshape(b, h, p, n)
+  state = jnp.moveaxis(state.reshape(b, g, h // g, p, n), -1, 2)
+  y, state = _walk(k, x, dt, cs, dt_t, cs_t, B, C, D, state, _documents(document, q))
+  return y.reshape(b, -1, h, p)[:, :l], jnp.moveaxis(state, 2, -1).reshape(b, h, p, n)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _walk(block, x, dt, cs, B, C, D, state, document):
-  """(y [b, l, g, r, p] in x.dtype, state). x as y; dt, cs [b, l, g, r]; B, C [b, l, g, n]; D [g, r, p]."""
-  y, state, _ = _forward(block, x, dt, cs, B, C, D, state, document, save=False)
+def _walk(k, x, dt, cs, dt_t, cs_t, B, C, D, state, documents):
+  """(y as x, state [b, g, n, r, p]), k chunks at a time.
+
+  x [b, c, q, g, r, p]; dt, cs [b, c, q, g, r]; dt_t, cs_t the same as [b, c, g, r, q]; B, C [b, c, q, g, n]; D [g, r, p].
+  """
+  y, state, _ = _forward(k, x, dt, cs, dt_t, cs_t, B, C, D, state, documents, save=False)
   return y, state
 
 
-def _walk_fwd(block, x, dt, cs, B, C, D, state, document):
-  y, state, starts = _forward(block, x, dt, cs, B, C, D, state, document, save=True)
-  return (y, state), (x, dt, cs, B, C, D, starts, document)
+def _walk_fwd(k, x, dt, cs, dt_t, cs_t, B, C, D, state, documents):
+  y, state, starts = _forward(k, x, dt, cs, dt_t, cs_t, B, C, D, state, documents, save=True)
+  return (y, state), (x, dt, cs, dt_t, cs_t, B, C, D, starts, documents)
 
 
-def _forward(block, x, dt, cs, B, C, D, state, document, save):
-  blocks = x.shape[1] // (block[0] * block[1])
-  tokens = (x, dt, cs, B, C, _documents(document, block[1]))
+def _forward(k, x, dt, cs, dt_t, cs_t, B, C, D, state, documents, save):
+  blocks = x.shape[1] // k
+  tokens = (x, dt, cs, dt_t, cs_t, B, C, documents)
 
   def body(i, carry):
     y, state, starts = carry
     if save:
       starts = jax.lax.dynamic_update_index_in_dim(starts, state, i, 0)
-    y_i, state = _block(_cut(tokens, i, block), D, state)
+    y_i, state = _block(_cut(tokens, i, k), D, state)
     return _put(y, y_i, i), state, starts
 
   starts = jnp.zeros((blocks, *state.shape), state.dtype) if save else None
   return _loop(blocks, body, (jnp.zeros(x.shape, x.dtype), state, starts))
 
 
-def _walk_bwd(block, saved, cotangents):
-  x, dt, cs, B, C, D, starts, document = saved
+def _walk_bwd(k, saved, cotangents):
+  *primals, B, C, D, starts, documents = saved
   dy, dstate = cotangents
   blocks = starts.shape[0]
-  tokens = (x, dt, cs, B, C, _documents(document, block[1]), dy)
+  tokens = (*primals, B, C, documents, dy)
 
   def body(i, carry):
     i = blocks - 1 - i
     gradients, dD, dstate = carry
     start = jax.lax.dynamic_index_in_dim(starts, i, 0, keepdims=False)
-    *cut, dy_i = _cut(tokens, i, block)
+    *cut, dy_i = _cut(tokens, i, k)
     parts, dD_i, dstate = _block_vjp(cut, D, start, dy_i, dstate)
     gradients = tuple(_put(whole, part, i) for whole, part in zip(gradients, parts, strict=True))
     return gradients, None if D is None else dD + dD_i, dstate
 
-  zeros = tuple(jnp.zeros(m.shape, m.dtype) for m in (x, dt, cs, B, C))
+  zeros = tuple(jnp.zeros(m.shape, m.dtype) for m in (*primals, B, C))
   gradients, dD, dstate = _loop(blocks, body, (zeros, None if D is None else jnp.zeros_like(D), dstate))
   return *gradients, dD, dstate, None
 
@@ -116,27 +123,22 @@ def _loop(count, body, carry):
 
 
 def _documents(document, q):
-  """(document, that of the token before its chunk), both [b, l]."""
+  """(document, that of the token before its chunk), both [b, c, q]."""
   if document is None:
     return None
-  before = jnp.pad(document[:, q - 1 : -1 : q], ((0, 0), (1, 0)))
-  return document, jnp.repeat(before, q, axis=1)
+  document = document.reshape(document.shape[0], -1, q)
+  before = jnp.pad(document[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+  return document, jnp.broadcast_to(before, document.shape)
 
 
-def _cut(tokens, i, block):
-  """Block i of arrays [b, l, ...], as [b, k, q, ...]."""
-  k, q = block
-
-  def cut(m):
-    return jax.lax.dynamic_slice_in_dim(m, i * k * q, k * q, 1).reshape(m.shape[0], k, q, *m.shape[2:])
-
-  return jax.tree.map(cut, tokens)
+def _cut(tokens, i, k):
+  """Block i, k chunks, of arrays [b, c, ...]."""
+  return jax.tree.map(lambda m: jax.lax.dynamic_slice_in_dim(m, i * k, k, 1), tokens)
 
 
 def _put(whole, part, i):
-  """`whole` [b, l, ...] with block i from `part` [b, k, q, ...]."""
-  part = part.reshape(part.shape[0], -1, *part.shape[3:]).astype(whole.dtype)
-  return jax.lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[1], 1)
+  """`whole` [b, c, ...] with block i from `part` [b, k, ...]."""
+  return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), i * part.shape[1], 1)
 
 
 class _Masks(NamedTuple):
@@ -165,57 +167,65 @@ def _decay(exponent, mask):
   return jnp.exp(exponent if mask is None else jnp.where(mask, exponent, -jnp.inf))
 
 
+def _differences(cs):
+  """cs_i - cs_j, [..., i, j], to the last bit."""
+  if jax.default_backend() != 'cpu':
+    return cs[..., :, None] - cs[..., None, :]
+  # As a matmul of depth 2: what follows is then vectorised, the exponential above all, and takes a third of the time.
+  one = jnp.ones_like(cs)
+  rows, columns = jnp.stack([cs, -one], axis=-1), jnp.stack([one, cs], axis=-1)
+  return jnp.einsum('...id,...jd->...ij', rows, columns, precision=jax.lax.Precision.HIGHEST)
+
+
 def _through(decay, update, state):
-  """The states that enter each of a block's chunks, [b, k, g, r, p, n], and the one that leaves the last."""
+  """The states that enter each of a block's chunks, [b, k, g, n, r, p], and the one that leaves the last."""
   states = []
   for i in range(update.shape[1]):
     states.append(state)
-    state = decay[:, i, ..., None, None] * state + update[:, i]
+    state = decay[:, i, :, None, :, None] * state + update[:, i]
   return jnp.stack(states, axis=1), state
 
 
 def _block(tokens, D, state):
   """(y [b, k, q, g, r, p], the leaving state) of one block."""
-  x, dt, cs, B, C, documents = tokens
+  x, dt, cs, dt_t, cs_t, B, C, documents = tokens
   q, dtype, acc = x.shape[2], x.dtype, state.dtype
   einsum = functools.partial(jnp.einsum, preferred_element_type=acc)
   masks = _masks(documents, q)
-  cs_t, dt_t = (jnp.moveaxis(m, 2, -1) for m in (cs, dt))  # [b, k, g, r, q]
   weight = _decay(cs[:, :, -1:] - cs, masks.leaves) * dt
-  update = einsum('bkjgn,bkjgrp->bkgrpn', B, (weight[..., None] * x).astype(dtype))
+  update = einsum('bkjgn,bkjgrp->bkgnrp', B, (weight[..., None] * x).astype(dtype))
   states, state = _through(_decay(cs[:, :, -1], masks.kept), update, state)
   S = einsum('bkign,bkjgn->bkgij', C, B)
-  L = _decay(cs_t[..., :, None] - cs_t[..., None, :], masks.visible)
+  L = _decay(_differences(cs_t), masks.visible)
   M = (S[:, :, :, None] * L * dt_t[..., None, :]).astype(dtype)
   y = jnp.moveaxis(einsum('bkgrij,bkjgrp->bkgrip', M, x), 4, 2)
-  y += _decay(cs, masks.reached)[..., None] * einsum('bkign,bkgrpn->bkigrp', C, states.astype(dtype))
+  y += _decay(cs, masks.reached)[..., None] * jnp.swapaxes(einsum('bkign,bkgnrp->bkgirp', C, states.astype(dtype)), 2, 3)
   return y if D is None else y + D * x.astype(acc), state
 
 
 def _block_vjp(tokens, D, state, dy, dstate):
-  """((dx, ddt, dcs, dB, dC), dD, the gradient of the entering state) of one block. All in acc."""
-  x, dt, cs, B, C, documents = tokens
+  """((dx, ddt, dcs, ddt_t, dcs_t, dB, dC), dD, the gradient of the entering state) of one block. All in acc."""
+  x, dt, cs, dt_t, cs_t, B, C, documents = tokens
   q, dtype, acc = x.shape[2], x.dtype, state.dtype
   einsum = functools.partial(jnp.einsum, preferred_element_type=acc)
   total = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
   masks = _masks(documents, q)
-  cs_t, dt_t = (jnp.moveaxis(m, 2, -1) for m in (cs, dt))  # [b, k, g, r, q]
   reach, leave = _decay(cs, masks.reached), _decay(cs[:, :, -1:] - cs, masks.leaves)
   kept = _decay(cs[:, :, -1], masks.kept)
   x_acc, dy_acc = x.astype(acc), dy.astype(acc)
   x_leave, dy_reach = ((leave * dt)[..., None] * x_acc).astype(dtype), (reach[..., None] * dy_acc).astype(dtype)
 
   # The states that enter each chunk, H, and the gradients of those that leave it, G.
-  H, _ = _through(kept, einsum('bkjgn,bkjgrp->bkgrpn', B, x_leave), state)
-  inflow = einsum('bkign,bkigrp->bkgrpn', C, dy_reach)
+  H, _ = _through(kept, einsum('bkjgn,bkjgrp->bkgnrp', B, x_leave), state)
+  inflow = einsum('bkign,bkigrp->bkgnrp', C, dy_reach)
   G, dstate = _through(kept[:, ::-1], inflow[:, ::-1], dstate)
   G = G[:, ::-1]
   H_x, G_x = H.astype(dtype), G.astype(dtype)
-  CH, BG = einsum('bkign,bkgrpn->bkigrp', C, H_x), einsum('bkjgn,bkgrpn->bkjgrp', B, G_x)
+  CH, BG = (jnp.swapaxes(einsum('bkign,bkgnrp->bkgirp', m, state), 2, 3) for m, state in ((C, H_x), (B, G_x)))
 
   # Within the chunk, [j, i]: K is the map from dt x to y.
   x_t, dy_t = jnp.moveaxis(x, 2, 4), jnp.moveaxis(dy, 2, 4).astype(dtype)  # [b, k, g, r, q, p]
-  L = _decay(cs_t[..., None, :] - cs_t[..., :, None], jnp.swapaxes(masks.visible, -1, -2))
+  L = _decay(-_differences(cs_t), jnp.swapaxes(masks.visible, -1, -2))
   K = einsum('bkjgn,bkign->bkgji', B, C)[:, :, :, None] * L
   dM = einsum('bkgrjp,bkgrip->bkgrji', x_t, dy_t)
   dS = total('bkgrji,bkgrji->bkgji', dM * dt_t[..., None], L).astype(dtype)
@@ -224,14 +234,14 @@ def _block_vjp(tokens, D, state, dy, dstate):
   dx, dD = dt[..., None] * d_dtx, None
   if D is not None:
     dx, dD = dx + D * dy_acc, total('bkigrp,bkigrp->grp', dy_acc, x_acc)
-  dB = einsum('bkgji,bkign->bkjgn', dS, C) + einsum('bkjgrp,bkgrpn->bkjgn', x_leave, G_x)
-  dC = einsum('bkgji,bkjgn->bkign', dS, B) + einsum('bkigrp,bkgrpn->bkign', dy_reach, H_x)
+  dB = einsum('bkgji,bkign->bkjgn', dS, C) + einsum('bkjgrp,bkgnrp->bkjgn', x_leave, G_x)
+  dC = einsum('bkgji,bkjgn->bkign', dS, B) + einsum('bkigrp,bkgnrp->bkign', dy_reach, H_x)
 
   # Z / dt_j, with Z_ij = dM_ij M_ij: the row sums of Z less its column sums must cancel, so both are of these values.
   Z = dM * K
-  u = leave * total('bkjgrp,bkjgrp->bkjgr', x_acc, BG)
-  ddt = jnp.moveaxis(total('bkgrji,i->bkgrj', Z, jnp.ones(q, acc)), -1, 2) + u
-  rows = jnp.moveaxis(total('bkgrji,bkgrj->bkgri', Z, dt_t), -1, 2)
-  dcs = rows + reach * total('bkigrp,bkigrp->bkigr', dy_acc, CH) - dt * ddt
-  dcs = dcs.at[:, :, -1].add(jnp.sum(u * dt, axis=2) + kept * total('bkgrpn,bkgrpn->bkgr', H, G))
-  return (dx, ddt, dcs, dB, dC), dD, dstate
+  ddt_t = total('bkgrji,i->bkgrj', Z, jnp.ones(q, acc))
+  dcs_t = total('bkgrji,bkgrj->bkgri', Z, dt_t) - dt_t * ddt_t
+  ddt = leave * total('bkjgrp,bkjgrp->bkjgr', x_acc, BG)
+  dcs = reach * total('bkigrp,bkigrp->bkigr', dy_acc, CH) - dt * ddt
+  dcs = dcs.at[:, :, -1].add(jnp.sum(ddt * dt, axis=2) + kept * total('bkgnrp,bkgnrp->bkgr', H, G))
+  return (dx, ddt, dcs, ddt_t, dcs_t, dB, dC), dD, dstate
