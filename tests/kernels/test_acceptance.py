@@ -414,7 +414,8 @@ def test_a9_one_step_in_slots_of_a_pool(run, dtype, assert_close):
   got_y, got_pool = step(jnp.asarray(pool), **one, slots=slots)
   got_pool = np.asarray(got_pool)
   assert state.shape == state_shape and got_y.dtype == dtype
-  assert_close((got_y, got_pool[slots]), (y[:, 0], state), *{'float32': (3e-4, 1e-3), 'bfloat16': (1e-2, 5e-2)}[dtype])
+  bounds = {'float32': (3e-4, 1e-3), 'bfloat16': (1e-2, None)}[dtype]  # y reaches 73, where bfloat16 rounds by up to 0.25
+  assert_close((got_y, got_pool[slots]), (y[:, 0], state), *bounds)
   others = np.setdiff1d(np.arange(160), slots)
   np.testing.assert_array_equal(got_pool[others], pool[others])
 
