@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_not_run(monkeypatch):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--shapes=huge'], '--shapes: huge unknown; ssd has small, 8b, peers'),
+    (['--shapes=huge'], '--shapes: huge unknown; ssd has small, 8b, wide, peers'),
     (['--implementations=cuda'], '--implementations: cuda unknown; ssd has scan, xla, pallas_triton, pallas_mosaic'),
     (['--op=ssd_update', '--lengths=5'], '--lengths: ssd_update is one decoding step, of one token'),
   ],
