@@ -213,3 +213,13 @@ def test_a_truncated_archive_leaves_nothing(tmp_path, corpus, monkeypatch, capsy
   assert build_dataset.main(argv) == 2
   assert '09.jsonl.gz: the archive is truncated; its last whole line is line' in capsys.readouterr().err
   assert not [path for path in tmp_path.glob('a.*') if path.name != 'a.shards']
+
+
+def test_a_file_that_changed_meanwhile_is_not_kept(tmp_path, corpus):
+  path, shards = corpus / '02.jsonl.gz', tmp_path / 'shards'
+  source = config_lib.SourceConfig('a', 'jsonl', str(path))
+  key = build_dataset.shard_key(source, 'bytes')
+  path.write_bytes((corpus / '04.jsonl.gz').read_bytes())
+  with pytest.raises(ConfigError, match='changed while it was read; give the command again'):
+    build_dataset.build_shard(source, key, 'bytes', shards)
+  assert not (shards / key).exists()
