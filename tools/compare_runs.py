@@ -10,6 +10,7 @@ steps, points are validation losses. What it all means: docs/comparing.md.
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -28,6 +29,7 @@ from lmscale.validate import USES
 # Dark enough on white, apart from each other also for the colour-blind; with the dashes 8 * 3 runs look different.
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#aa3377', '#a6761d', '#333333', '#56b4e9', '#e6ab02')
 DASHES = ('-', (0, (5, 2)), (0, (1, 1.5)))
+ROUND_TIMES = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 43200)  # seconds from mark to mark
 NATS, BITS = 'nats / token', 'bits / byte'
 
 
@@ -215,6 +217,9 @@ def draw(runs: list[Run], paths: list[pathlib.Path]) -> None:
       panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
       panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=''))
       panel.grid(alpha=0.25)
+    longest = max((run.seconds[-1] for run in runs if run.seconds), default=0)
+    every = next((step for step in ROUND_TIMES if longest <= 6 * step), 86400 * math.ceil(longest / (6 * 86400)))
+    axes[2].xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(every))
     axes[2].xaxis.set_major_formatter(lambda seconds, _: duration(seconds))
     points = [value * by for run, by in zip(runs, scale, strict=True) for _, value in run.validation]
     axes[0].set(ylabel=f'loss ({unit(runs)})', ylim=_limits(losses, points))
