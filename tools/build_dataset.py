@@ -134,7 +134,7 @@ def is_complete(out: pathlib.Path, keys: Sequence[str]) -> bool:
   try:
     meta = json.loads(megatron.with_ending(out, '.meta.json').read_text(encoding='utf-8'))
     same = [entry['key'] for entry in meta['inputs']] == list(keys)
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise ConfigError(f'--out: {out}.meta.json is damaged; delete {out}.* or give another --out') from error
   if not same:
     raise ConfigError(f'--out: {out} was built from other input or with another tokenizer; delete {out}.* or give another '

@@ -172,7 +172,7 @@ def _read_digest(cache: pathlib.Path | None, key: tuple) -> bytes | None:
   try:
     note = json.loads(_note(cache, key).read_text()) if cache else {}
     return bytes.fromhex(note['sha256']) if note.get('of') == list(key) else None
-  except (OSError, ValueError, KeyError, AttributeError, TypeError):
+  except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
     return None
 
 

@@ -35,11 +35,15 @@ class Checkpointer:
   """Saves and restores canonical trees in `folder`; keeps the newest `keep`. Call from every process.
 
   read_only: for the checkpoints of another run, which may be going on: nothing there is changed or removed.
+
+  Raises:
+    ConfigError: a checkpoint's metadata is damaged so that the folder cannot be opened.
   """
 
   def __init__(self, folder: str | pathlib.Path, keep: int = 3, read_only: bool = False):
     self.folder = pathlib.Path(folder).absolute()
     self._bad: list[int] = []  # steps found damaged, out of the way before the next save
+    _check_metadata(self.folder)
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
@@ -183,6 +187,17 @@ class Checkpointer:
     multihost.sync_global_processes('lmscale:damaged-checkpoints-set-aside')
     self._bad.clear()
     self._manager.reload()
+
+
+def _check_metadata(folder: pathlib.Path) -> None:
+  """Orbax reads every checkpoint's own metadata when it opens the folder, and stumbles over JSON that is nested too deep."""
+  for path in (step / '_CHECKPOINT_METADATA' for step in folder.glob('*') if step.name.isdigit()):
+    try:
+      json.loads(path.read_text(encoding='utf-8'))
+    except RecursionError as error:
+      raise ConfigError(f'{path} is damaged; move {path.parent} away to go on from the other checkpoints') from error
+    except (OSError, ValueError):  # which Orbax passes over
+      pass
 
 
 def checksums(tree: Any) -> dict[str, int]:

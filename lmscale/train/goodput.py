@@ -156,5 +156,5 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
     record = json.loads(path.read_text(encoding='utf-8'))
     seconds = {kind: float(record['seconds'][kind]) for kind in KINDS}
     return {'step': int(record['step']), 'starts': int(record['starts']), 'seconds': seconds}
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return None

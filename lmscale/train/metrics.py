@@ -82,7 +82,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
       if not isinstance(line['step'], int):
         break
       lines.append(line)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
       break
   return lines
 

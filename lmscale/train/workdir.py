@@ -196,7 +196,7 @@ def _look(path: pathlib.Path, owner: str) -> None:
 def _read_config(path: pathlib.Path) -> Config:
   try:
     return config_lib.from_dict(json.loads(path.read_text(encoding='utf-8')))
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, RecursionError) as error:
     raise ConfigError(f'{path}: written by another version of lmscale or damaged ({error}); give another --workdir') from error
 
 

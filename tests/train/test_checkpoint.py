@@ -200,6 +200,20 @@ def test_all_damaged(tmp_path):
     checkpoints.restore(abstract(tree))
 
 
+def test_metadata_that_orbax_stumbles_over(tmp_path):
+  tree = {'w': jnp.ones((4, 4))}
+  with Checkpointer(tmp_path) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, tree, {}, wait=True)
+  (tmp_path / '1' / '_CHECKPOINT_METADATA').write_text('[' * 100_000)
+  with pytest.raises(ConfigError, match=r'1/_CHECKPOINT_METADATA is damaged; move .*/1 away to go on') as error:
+    Checkpointer(tmp_path)
+  assert '\n' not in str(error.value)
+  (tmp_path / '1').rename(tmp_path / 'aside')
+  with Checkpointer(tmp_path) as checkpoints:
+    assert checkpoints.restore(abstract(tree))[0]['w'].shape == (4, 4)
+
+
 def test_checksum_sees_one_bit_and_not_the_mesh():
   a, b = make_tree(mesh_of(2, 4)), make_tree(mesh_of(4, 1))
   assert checksums(a) == checksums(b)

@@ -134,7 +134,7 @@ def test_a_start_that_was_killed_before_its_first_line_is_not_forgotten(tmp_path
   assert 60 <= sum(again.seconds().values()) < 61
 
 
-@pytest.mark.parametrize('text', ['', '[]', '{"step": 1}', '{"step": "x", "starts": 1, "seconds": {}}'])
+@pytest.mark.parametrize('text', ['', '[]', '{"step": 1}', '{"step": "x", "starts": 1, "seconds": {}}', '[' * 100_000])
 def test_a_record_that_cannot_be_read_is_no_reason_to_stop(tmp_path, text):
   (tmp_path / 'goodput.json').write_text(text)
   ledger = Goodput()

@@ -66,7 +66,7 @@ def test_resume_from_nothing_starts_an_empty_file(tmp_path):
   assert (tmp_path / 'metrics.jsonl').read_text() == ''
 
 
-@pytest.mark.parametrize('torn', ['{"step": 3, "lo', '{"step": 3}garbage', '\x00\x00', '[]', '{"loss": 1}', '"x"'])
+@pytest.mark.parametrize('torn', ['{"step": 3, "lo', '{"step": 3}garbage', '\x00\x00', '[]', '{"loss": 1}', '"x"', '[' * 100_000])
 def test_torn_line_is_cut(tmp_path, torn):
   path = tmp_path / 'metrics.jsonl'
   whole = json.dumps(line(1)) + '\n' + json.dumps(line(2)) + '\n'

@@ -69,6 +69,15 @@ def test_without_a_checkpoint_there_is_nothing_to_protect(tmp_path):
   open_workdir(tmp_path, change(Config(), 'seed', 1)).close()
 
 
+@pytest.mark.parametrize('text', ['', '[]', '{"seed": 1', '[' * 100_000])
+def test_a_damaged_config_is_one_line(tmp_path, text):
+  with open_workdir(tmp_path, Config()) as workdir:
+    (workdir.checkpoints / '1').mkdir(parents=True)
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(ConfigError, match='config.json: written by another version of lmscale or damaged'):
+    open_workdir(tmp_path, Config())
+
+
 @pytest.mark.parametrize('make', ['file', 'readonly'])
 def test_unusable_folder_is_one_line(tmp_path, make):
   path = tmp_path / 'x'
