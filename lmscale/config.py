@@ -145,7 +145,9 @@ class TrainConfig:
   deterministic: bool = True  # False: GPU kernels may add up gradients in any order, which is faster
   loss_chunk: int = 1024  # tokens of one data rank whose logits exist at a time
   init_from: str = ''  # a finished run's folder: start from its newest parameters, step 0, empty moments
-  nonfinite_budget: int = 5  # skipped steps after which the run stops
+  nonfinite_budget: int = 5  # steps skipped for numbers that are not finite, after which the run stops
+  spike_skip: float = 0.0  # skip a step whose gradient norm is more than this many times the median of the last 64; 0: none
+  spike_budget: int = 20  # steps skipped for that, after which the run stops
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,7 @@ AT_LEAST = {  # smallest allowed integer
   'optimizer.warmup_tokens': 0, 'optimizer.decay_tokens': 0, 'optimizer.wsd_decay_tokens': 0,
   'train.steps': 1, 'train.batch': 1, 'train.seq_len': 1, 'train.microbatch': 1, 'train.ramp_start': 0,
   'train.ramp_increment': 0, 'train.ramp_tokens': 0, 'train.loss_chunk': 1, 'train.nonfinite_budget': 0,
+  'train.spike_budget': 0,
   'loop.log_every': 1, 'loop.eval_every': 0, 'loop.eval_samples': 1, 'loop.checkpoint_every': 0, 'loop.keep': 1,
   'loop.sample_every': 0, 'loop.sample_tokens': 1,
 }  # fmt: skip
@@ -65,7 +66,7 @@ INTERVALS = {  # where numbers must lie: whatever somebody may have a use for, b
   'model.norm_eps': '(0, 1]', 'model.init_std': '(0, 100]', 'model.rope_base': '(0, 1e12]', 'model.rope_fraction': '(0, 1]',
   'optimizer.learning_rate': '(0, 100]', 'optimizer.min_learning_rate': '[0, 100]', 'optimizer.eps': '(0, 1]',
   'optimizer.beta1': '[0, 1)', 'optimizer.beta2': '[0, 1)', 'optimizer.weight_decay': '[0, 100]',
-  'optimizer.clip': '[0, 1e6]', 'data.validation': '[0, 1)', 'loop.temperature': '[0, 100]',
+  'optimizer.clip': '[0, 1e6]', 'train.spike_skip': '[0, 1e6]', 'data.validation': '[0, 1)', 'loop.temperature': '[0, 100]',
 }  # fmt: skip
 WEIGHT = '[0, 1e12]'
 
@@ -327,6 +328,10 @@ def _check_rest(config: 'Config') -> None:
   if config.mesh.data < 1 and config.mesh.data != -1:
     raise ConfigError(
       f'mesh.data: {config.mesh.data}; give a number of devices of at least 1, or -1 for what pipe and tensor leave'
+    )
+  if 0 < config.train.spike_skip <= 1:
+    raise ConfigError(
+      f'train.spike_skip: {config.train.spike_skip:g} times the median would skip ordinary steps; give more than 1, or 0 for none'
     )
   if config.loop.eval_every and not config.data.validation:
     raise ConfigError(

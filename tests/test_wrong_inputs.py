@@ -591,8 +591,16 @@ cases(
   ('loss not finite', '--config.train.nonfinite_budget=2',
    ('step 3: loss or gradient is not finite', 'its samples are 16..23', 'stopped: 2 steps', 'last checkpoint is of step 2'),
    {'prepare': poisoned(np.nan, 9), 'code': 3, 'changes': ('run', '../cache')}),
-  ('sudden spike', '--config.train.steps=24', ('step 21: gradient norm', 'its samples are 160..167', 'finished: step 24'),
+  ('sudden spike', '--config.train.steps=24',
+   ('step 21: gradient norm', 'its samples are 160..167', 'train.spike_skip', 'finished: step 24'),
    {'prepare': poisoned(100.0, 160), 'code': 0, 'changes': ('run', '../cache')}),
+  ('spike to be skipped', ('--config.train.steps=24', '--config.train.spike_skip=20'),
+   ('step 21: gradient norm', 'step skipped (1 of at most 20); its samples are 160..167', 'finished: step 24'),
+   {'prepare': poisoned(100.0, 160), 'code': 0, 'changes': ('run', '../cache')}),
+  ('spikes above the budget', ('--config.train.steps=24', '--config.train.spike_skip=20', '--config.train.spike_budget=1'),
+   ('step 21: gradient norm', 'stopped: 1 steps had a gradient norm far above', 'last checkpoint is of step 20'),
+   {'prepare': poisoned(100.0, 160), 'code': 3, 'changes': ('run', '../cache')}),
+  ('threshold that skips ordinary steps', '--config.train.spike_skip=0.5', ('train.spike_skip', '0.5', 'more than 1')),
 )  # fmt: skip
 
 STRANGE = """

@@ -34,13 +34,18 @@ from lmscale.train.console import Console, printable, quantity
 from lmscale.train.goodput import Goodput
 from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
 from lmscale.train.schedule import Schedule, StepPlan
-from lmscale.train.spikes import SpikeWatch
+from lmscale.train.spikes import TIMES
 from lmscale.train.workdir import Workdir, check_identity
 
 DONE = 0
-NOT_FINITE = 3  # train.nonfinite_budget steps were skipped; the last checkpoint is from before the last of them
+DIVERGED = 3  # train.nonfinite_budget or train.spike_budget steps were skipped; the last checkpoint is from before the last
 SAVED = 75  # interrupted and saved: run the same command again
 KILLED = 130  # interrupted and not saved
+
+SKIPPED = {  # why a step may be skipped, as counted in metrics: (the field of `train` that is the budget, what such steps were)
+  'skipped': ('nonfinite_budget', 'were not finite'),
+  'spikes': ('spike_budget', 'had a gradient norm far above the usual'),
+}
 
 
 def train(
@@ -68,10 +73,8 @@ def train(
   peak = peak and peak * jax.device_count()
   with Interrupt() as interrupt, Checkpointer(workdir.checkpoints, config.loop.keep) as checkpoints:
     complete = (checkpoints.latest() or 0) >= schedule.steps
-    begin = (None, checkpoints.latest(), 0) if complete else _begin(
-      config, program, loader, workdir, checkpoints, goodput
-    )
-    state, start, skipped = begin
+    begin = (None, checkpoints.latest()) if complete else _begin(config, program, loader, workdir, checkpoints, goodput)
+    state, start = begin
     first = distributed.is_first()
     if first:
       goodput.resume(workdir.path, start)
@@ -84,7 +87,7 @@ def train(
     ):
       if start:
         console.say(f'{"complete" if complete else "going on"}: {workdir.path} is at step {start} of {schedule.steps}')
-      run = Run(config, program, loader, val_loader, tokenizer, schedule, checkpoints, writer, console, goodput, skipped)
+      run = Run(config, program, loader, val_loader, tokenizer, schedule, checkpoints, writer, console, goodput)
       with goodput.spent_on('steps'):
         code = DONE if complete else run.steps(state, start, interrupt)
       with goodput.spent_on('saving'):
@@ -101,18 +104,18 @@ def train(
 
 def _begin(
   config: Config, program: Any, loader: Any, workdir: Workdir, checkpoints: Checkpointer, goodput: Goodput
-) -> tuple[Any, int, int]:
-  """(state, steps taken, steps skipped): of this run's newest good checkpoint, else of a new run.
+) -> tuple[Any, int]:
+  """(state, steps taken): of this run's newest good checkpoint, else of a new run.
 
   A new run starts from the parameters of train.init_from where that is given (continued pre-training), else from the seed.
   """
   if checkpoints.latest() is None:
     fresh = program.init()
-    return (_with_parameters_of(config.train.init_from, program, fresh) if config.train.init_from else fresh), 0, 0
+    return (_with_parameters_of(config.train.init_from, program, fresh) if config.train.init_from else fresh), 0
   with goodput.spent_on('restore'):
     tree, meta = checkpoints.restore(program.abstract_canonical())
     check_identity(meta['data'], _identity(loader), workdir.path)
-    return program.from_canonical(tree), meta['step'], meta['skipped']
+    return program.from_canonical(tree), meta['step']
 
 
 def initial_checkpoints(folder: str) -> pathlib.Path:
@@ -146,9 +149,7 @@ class Run:
   writer: MetricsWriter | None  # on the first process
   console: Console
   goodput: Goodput
-  skipped: int  # steps so far
   clock: 'Clock' = dataclasses.field(default_factory=lambda: Clock())
-  spikes: SpikeWatch = dataclasses.field(default_factory=SpikeWatch)
 
   def steps(self, state: Any, start: int, interrupt: 'Interrupt') -> int:
     """Steps from `start` to the end; returns an exit code.
@@ -163,7 +164,7 @@ class Run:
     for plan, batch in self.goodput.waiting(batches):
       state, metrics = self.program.step(state, batch)
       if unread and not self.log(*unread):
-        return NOT_FINITE
+        return DIVERGED
       unread = plan, metrics
       done = plan.step + 1
       stop = distributed.stop_after(done, interrupt.requested)
@@ -171,7 +172,7 @@ class Run:
       if not due and not metrics['loss'].is_ready():
         continue
       if not self.log(*unread, state if self.due(self.config.loop.eval_every, done) else None):
-        return NOT_FINITE
+        return DIVERGED
       unread = None
       if not due:
         continue
@@ -204,15 +205,7 @@ class Run:
     line |= {'grad_norm': float(values['grad_norm']), 'learning_rate': plan.learning_rate}
     left = self.schedule.total_tokens - line['tokens']
     self.console.step(done, line, self.clock.rate, left / self.clock.rate if self.clock.rate else None)
-    within_budget = True
-    if not ok:
-      within_budget = self.count_skipped(plan)
-      line |= {'skipped': self.skipped, 'first_sample': plan.first_sample, 'batch': plan.batch}
-    elif times := self.spikes.add(line['grad_norm']):
-      self.console.say(
-        f'step {done}: gradient norm {line["grad_norm"]:.3g} is {times:.0f} times the median of the steps before; its samples '
-        f'are {plan.first_sample}..{plan.first_sample + plan.batch - 1} (optimizer.clip {self.config.optimizer.clip:g} bounds it)'
-      )
+    within_budget = self.judge(plan, line, values)
     if evaluated is not None and within_budget:
       with self.goodput.spent_on('evaluation'):
         line |= self.evaluate(evaluated, done)
@@ -221,22 +214,31 @@ class Run:
       self.writer.write({**line, 'seconds': {kind: round(s, 3) for kind, s in self.goodput.seconds().items()}})
     return within_budget
 
-  def count_skipped(self, plan: StepPlan) -> bool:
-    """Reports a step that was skipped; False once the budget is used up."""
-    self.skipped += 1
-    budget = max(1, self.config.train.nonfinite_budget)
-    last = plan.first_sample + plan.batch - 1
-    self.console.say(
-      f'step {plan.step + 1}: loss or gradient is not finite, step skipped ({self.skipped} of at most {budget}); '
-      f'its samples are {plan.first_sample}..{last}'
-    )
-    if self.skipped < budget:
+  def judge(self, plan: StepPlan, line: dict[str, Any], values: dict[str, Any]) -> bool:
+    """Reports a step that was skipped, in `line` too, or that is a spike; False once a budget of skipped steps is used up."""
+    norm, usual = line['grad_norm'], float(values['usual_norm'])
+    samples = f'its samples are {plan.first_sample}..{plan.first_sample + plan.batch - 1}'
+    spike = f'step {plan.step + 1}: gradient norm {norm:.3g} is {norm / usual if usual else 0:.3g} times the median of the steps before'
+    if values['ok']:
+      if usual and norm > TIMES * usual:
+        clip = self.config.optimizer.clip
+        bounds = f'optimizer.clip {clip:g} bounds it' if clip else 'optimizer.clip 0 does not bound it'
+        self.console.say(f'{spike}; {samples} ({bounds}, train.spike_skip can skip such steps)')
+      return True
+    finite = math.isfinite(line['loss']) and math.isfinite(norm)
+    kind = 'spikes' if finite else 'skipped'
+    why = spike if finite else f'step {plan.step + 1}: loss or gradient is not finite'
+    count, (field, were) = int(values[kind]), SKIPPED[kind]
+    given = getattr(self.config.train, field)
+    budget = max(1, given)
+    line |= {kind: count, 'first_sample': plan.first_sample, 'batch': plan.batch}
+    self.console.say(f'{why}, step skipped ({count} of at most {budget}); {samples}')
+    if count < budget:
       return True
     at = self.checkpoints.latest()
     kept = 'there is no checkpoint' if at is None else f'the last checkpoint is of step {at}'
     self.console.say(
-      f'stopped: {self.skipped} steps were not finite (train.nonfinite_budget {self.config.train.nonfinite_budget}); '
-      f'{kept}. A lower optimizer.learning_rate or a longer warm-up usually helps'
+      f'stopped: {count} steps {were} (train.{field} {given}); {kept}. A lower optimizer.learning_rate or a longer warm-up usually helps'
     )
     return False
 
@@ -265,7 +267,7 @@ class Run:
       self.writer.flush()
     samples = plan.first_sample + plan.batch
     meta = {'step': plan.step + 1, 'samples': samples, 'tokens': samples * self.config.train.seq_len}
-    meta |= {'skipped': self.skipped, 'data': _identity(self.loader)}
+    meta |= {'data': _identity(self.loader)}
     with self.goodput.spent_on('saving'):
       self.checkpoints.save(plan.step + 1, self.program.canonical(state), meta, wait)
 

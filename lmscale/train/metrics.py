@@ -3,8 +3,9 @@
 A line of metrics.jsonl is one step: `step` (steps taken, from 1), `tokens` (consumed so far), `loss` (mean nats per
 counted token), `grad_norm` (before clipping), `learning_rate`, `tokens_per_second` since the line before (compilation
 included), `data_wait` (seconds since the line before in which the loop waited for a batch), `seconds` (of the whole run by kind,
-see `train.goodput`); where there was an evaluation also `val_loss` and `val_bits_per_byte`; for a step that was not finite `skipped` (how many
-so far), `first_sample` and `batch`, with null for numbers that are not finite.
+see `train.goodput`); where there was an evaluation also `val_loss` and `val_bits_per_byte`; for a step that was skipped `skipped` (how many
+were not finite so far, with null for the numbers that are not) or `spikes` (how many had a gradient norm above train.spike_skip so
+far), and `first_sample` and `batch`.
 """
 
 import itertools

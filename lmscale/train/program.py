@@ -21,7 +21,8 @@ from lmscale.parallel.layout import make_layout, map_layout
 from lmscale.parallel.mesh import MANUAL, make_mesh
 from lmscale.parallel.rules import make_rules
 from lmscale.train.schedule import StepPlan
-from lmscale.train.state import TrainState
+from lmscale.train.spikes import no_norms
+from lmscale.train.state import BOOKKEEPING, TrainState
 from lmscale.train.step import ROWS, make_evaluate, make_step, make_step_plan
 
 
@@ -140,7 +141,9 @@ class Program:
     plan = self._plan
     params = model.init_runs(self.config.model, plan.runs, self.config.seed, plan.master_dtype)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(params=params, opt_state=plan.tx.init(params), step=zero, skipped=zero)
+    return TrainState(
+      params=params, opt_state=plan.tx.init(params), step=zero, skipped=zero, spikes=zero, norms=no_norms()
+    )
 
   def _state_shardings(self) -> TrainState:
     abstract = jax.eval_shape(self._fresh)
@@ -151,7 +154,7 @@ class Program:
       self._params,
       transform_non_params=lambda _: self._whole,
     )
-    return TrainState(params=self._params, opt_state=opt_state, step=self._whole, skipped=self._whole)
+    return TrainState(params=self._params, opt_state=opt_state, **dict.fromkeys(BOOKKEEPING, self._whole))
 
   @functools.cached_property
   def _unstack(self) -> Any:
@@ -166,7 +169,7 @@ class Program:
     layout = make_layout(self.config, None, make_rules(self.config))
     params = map_layout(lambda leaf: NamedSharding(self.mesh, leaf.stored), layout)
     opt = {'mu': params, 'nu': params, 'count': self._whole}
-    return {'params': params, 'opt': opt, 'step': self._whole, 'skipped': self._whole}
+    return {'params': params, 'opt': opt, **dict.fromkeys(BOOKKEEPING, self._whole)}
 
   def _to_canonical(self, state: TrainState) -> dict[str, Any]:
     def unstack(tree: Any) -> Any:
@@ -175,7 +178,7 @@ class Program:
 
     opt = {name: unstack(optax.tree_utils.tree_get(state.opt_state, name)) for name in ('mu', 'nu')}
     opt['count'] = optax.tree_utils.tree_get(state.opt_state, 'count')
-    tree = {'params': unstack(state.params), 'opt': opt, 'step': state.step, 'skipped': state.skipped}
+    tree = {'params': unstack(state.params), 'opt': opt, **{name: getattr(state, name) for name in BOOKKEEPING}}
     # Without the copy, jit hands leaves that it does not change through as the same buffers; the next step then waits,
     # holding them as donated, for a checkpoint that is still reading them.
     return jax.tree.map(jnp.copy, tree)
@@ -188,7 +191,7 @@ class Program:
     params = restack(tree['params'])
     opt = {name: restack(tree['opt'][name]) for name in ('mu', 'nu')}
     opt_state = optax.tree_utils.tree_set(self._plan.tx.init(params), count=tree['opt']['count'], **opt)
-    return TrainState(params=params, opt_state=opt_state, step=tree['step'], skipped=tree['skipped'])
+    return TrainState(params=params, opt_state=opt_state, **{name: tree[name] for name in BOOKKEEPING})
 
   def _abstract(self, shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)

@@ -1,28 +1,36 @@
 """Sudden spikes of the gradient norm, which often go before a loss that does not come back.
 
-Nothing is skipped: what a step computes must not depend on what was logged before a restart. Clipping bounds the update, and
-the message names the samples to look at.
+The norms of the last steps are part of the training state, so that a run which was stopped judges its next step as if it had
+not been. A spike counts among them like any other norm: what has become usual is no spike any more.
 """
 
-import collections
-import math
-import statistics
+import jax
+import jax.numpy as jnp
 
 WINDOW = 64  # steps that are looked back on
-ENOUGH = 16  # of them, before which nothing is said: the first steps' norms fall fast
-TIMES = 10.0  # above the median
+ENOUGH = 16  # of them, before which nothing is a spike: the first steps' norms fall fast
+TIMES = 10.0  # above the median: worth a message
 
 
-class SpikeWatch:
-  """Compares each step's gradient norm with those before."""
+def no_norms() -> jax.Array:
+  """What is kept before the first step: float32 [WINDOW], -1 where there is no norm yet, the oldest first."""
+  return jnp.full(WINDOW, -1.0, jnp.float32)
 
-  def __init__(self) -> None:
-    self._norms: collections.deque[float] = collections.deque(maxlen=WINDOW)
 
-  def add(self, norm: float) -> float | None:
-    """How many times the median of the steps before `norm` is, if that is a spike; else None. Not finite is no spike."""
-    usual = statistics.median(self._norms) if len(self._norms) >= ENOUGH else 0.0
-    if not math.isfinite(norm):
-      return None
-    self._norms.append(norm)
-    return norm / usual if usual and norm > TIMES * usual else None
+def keep_norm(norms: jax.Array, norm: jax.Array) -> jax.Array:
+  """`norms` with the newest instead of the oldest. One that is not finite is not kept."""
+  norm = norm.astype(norms.dtype)
+  return jnp.where(jnp.isfinite(norm), jnp.append(norms[1:], norm), norms)
+
+
+def usual_norm(norms: jax.Array) -> jax.Array:
+  """The median of the norms that are kept, float32; 0 while there are fewer than ENOUGH."""
+  count = jnp.sum(norms >= 0)
+  ordered, first = jnp.sort(norms), WINDOW - count
+  middle = ordered[first + (count - 1) // 2] / 2 + ordered[first + count // 2] / 2
+  return jnp.where(count >= ENOUGH, middle, 0.0)
+
+
+def is_spike(norm: jax.Array, usual: jax.Array, times: float) -> jax.Array:
+  """Whether `norm` is more than `times` the usual one, a bool; never where times is 0 or nothing is usual yet."""
+  return (usual > 0) & (norm > times * usual) if times else jnp.zeros((), bool)

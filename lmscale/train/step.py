@@ -26,6 +26,7 @@ from lmscale.parallel.layout import make_layout, map_layout
 from lmscale.parallel.mesh import MANUAL
 from lmscale.parallel.rules import make_constrain, make_local, make_rules
 from lmscale.train.optimizer import apply_update, decays, global_norm, make_optimizer
+from lmscale.train.spikes import is_spike, keep_norm, usual_norm
 from lmscale.train.state import TrainState
 
 ROWS = ('tokens', 'labels', 'segment_ids', 'positions')
@@ -66,8 +67,9 @@ def make_step_plan(config: Config, mesh: Mesh) -> Plan:
 def make_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """The step of a plan, not yet jitted.
 
-  metrics: loss (mean nats per counted label), grad_norm (before clipping), tokens (counted labels, int32), ok (bool: False
-  where loss or gradient was not finite; the state is then unchanged but for its step and skipped counters).
+  metrics: loss (mean nats per counted label), grad_norm (before clipping), usual_norm (the median of the steps before, see
+  `train.spikes`), tokens (counted labels, int32), ok (bool: False where loss or gradient was not finite, or the norm was
+  above train.spike_skip; parameters and moments are then unchanged), skipped and spikes (int32: steps so far for either reason).
   """
   gradients = make_gradients(plan)
 
@@ -76,7 +78,9 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, dic
     share = 1 / jnp.maximum(count, 1).astype(plan.master_dtype)
     grads = jax.tree.map(lambda g: g.astype(plan.master_dtype) * share, grads)
     loss, norm = loss_sum * share, global_norm(grads)
-    ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+    finite, usual = jnp.isfinite(loss) & jnp.isfinite(norm), usual_norm(state.norms)
+    spike = finite & is_spike(norm, usual, plan.config.train.spike_skip)
+    ok = finite & ~spike
     params, opt_state = apply_update(
       plan.tx, grads, state.opt_state, state.params, batch['learning_rate'], norm, plan.config.optimizer.clip
     )
@@ -88,9 +92,12 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, dic
       params=jax.tree.map(keep, params, state.params),
       opt_state=jax.tree.map(keep, opt_state, state.opt_state),
       step=state.step + 1,
-      skipped=state.skipped + jnp.where(ok, 0, 1).astype(jnp.int32),
+      skipped=state.skipped + (~finite).astype(jnp.int32),
+      spikes=state.spikes + spike.astype(jnp.int32),
+      norms=keep_norm(state.norms, norm),
     )
-    return state, {'loss': loss, 'grad_norm': norm, 'tokens': count, 'ok': ok}
+    metrics = {'loss': loss, 'grad_norm': norm, 'usual_norm': usual, 'tokens': count, 'ok': ok}
+    return state, metrics | {'skipped': state.skipped, 'spikes': state.spikes}
 
   return step
 

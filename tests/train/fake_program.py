@@ -17,7 +17,8 @@ from lmscale.config import Config, LoopConfig, OptimizerConfig, TrainConfig
 from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.loop import train
 from lmscale.train.optimizer import apply_update, global_norm, make_optimizer
-from lmscale.train.state import TrainState
+from lmscale.train.spikes import is_spike, keep_norm, no_norms, usual_norm
+from lmscale.train.state import BOOKKEEPING, TrainState
 from lmscale.train.workdir import open_workdir
 
 TIMINGS = ('tokens_per_second', 'data_wait', 'seconds')
@@ -66,7 +67,7 @@ class FakeProgram:
   def __init__(self, config):
     self._tx = make_optimizer(config.optimizer, {'layers': {'0': {'kernel': True}}})
     self._step = jax.jit(self._one, static_argnums=3, donate_argnums=0)
-    self._clip = config.optimizer.clip
+    self._clip, self._spike_skip = config.optimizer.clip, config.train.spike_skip
     self.config = config
 
   @staticmethod
@@ -76,7 +77,8 @@ class FakeProgram:
   def init(self):
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(SIZE, SIZE)) * 0.1, jnp.float32)
     params = {'layers': {'0': {'kernel': kernel}}}
-    return TrainState(params, self._tx.init(params), jnp.int32(0), jnp.int32(0))
+    zeros = [jnp.int32(0) for _ in range(3)]
+    return TrainState(params, self._tx.init(params), *zeros, no_norms())
 
   def batch(self, plan, loader):
     return jnp.asarray(loader.batch(plan.first_sample, range(plan.batch))['x']), plan.learning_rate
@@ -87,11 +89,14 @@ class FakeProgram:
   def _one(self, state, x, rate, clip):
     loss, grads = jax.value_and_grad(self._loss)(state.params, x)
     norm = global_norm(grads)
-    ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+    finite, usual = jnp.isfinite(loss) & jnp.isfinite(norm), usual_norm(state.norms)
+    spike = finite & is_spike(norm, usual, self._spike_skip)
+    ok = finite & ~spike
     new = apply_update(self._tx, grads, state.opt_state, state.params, rate, norm, clip)
     params, opt_state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, (state.params, state.opt_state))
-    state = TrainState(params, opt_state, state.step + 1, state.skipped + jnp.where(ok, 0, 1))
-    return state, {'loss': loss, 'grad_norm': norm, 'tokens': jnp.int32(x.size), 'ok': ok}
+    counts = {'skipped': state.skipped + ~finite, 'spikes': state.spikes + spike}
+    state = TrainState(params, opt_state, state.step + 1, **counts, norms=keep_norm(state.norms, norm))
+    return state, counts | {'loss': loss, 'grad_norm': norm, 'usual_norm': usual, 'tokens': jnp.int32(x.size), 'ok': ok}
 
   def evaluate(self, state, loader, samples):
     x = loader.batch(10**6, range(samples))['x']
@@ -100,7 +105,7 @@ class FakeProgram:
   def canonical(self, state):
     adam = state.opt_state[0]
     opt = {'mu': adam.mu, 'nu': adam.nu, 'count': adam.count}
-    return {'params': state.params, 'opt': opt, 'step': state.step, 'skipped': state.skipped}
+    return {'params': state.params, 'opt': opt, **{name: getattr(state, name) for name in BOOKKEEPING}}
 
   def abstract_canonical(self):
     return jax.tree.map(
@@ -110,7 +115,7 @@ class FakeProgram:
   def from_canonical(self, tree):
     adam, *rest = self._tx.init(tree['params'])
     adam = adam._replace(**tree['opt'])
-    return TrainState(tree['params'], (adam, *rest), tree['step'], tree['skipped'])
+    return TrainState(tree['params'], (adam, *rest), **{name: tree[name] for name in BOOKKEEPING})
 
   def generate(self, state, prompt, steps, temperature, seed):
     return [int(state.step), seed, len(prompt)][:steps]

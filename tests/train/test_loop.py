@@ -15,6 +15,7 @@ from fake_program import CONFIG, SIZE, FakeLoader, FakeProgram, lines, run, stor
 
 from lmscale.errors import ConfigError
 from lmscale.train import loop
+from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.schedule import Schedule
 
 
@@ -45,7 +46,7 @@ def test_a_run_leaves_everything(whole):
   assert (whole / 'tensorboard').is_dir()
   assert sorted(int(p.name) for p in (whole / 'checkpoints').iterdir()) == [21, 24]
   assert stored(whole)[1] == {
-    'step': 24, 'samples': 82, 'tokens': 82 * SIZE, 'skipped': 0, 'data': {'name': 'fake', 'files': [1, 2]}
+    'step': 24, 'samples': 82, 'tokens': 82 * SIZE, 'data': {'name': 'fake', 'files': [1, 2]}
   }  # fmt: skip
   text = (whole / 'samples.txt').read_text()
   assert text == '=== step 10 ===\ndef 10104\n\n=== step 20 ===\ndef 20204\n\n=== step 24 ===\ndef 24244\n\n'
@@ -136,6 +137,12 @@ def test_other_data_is_refused(tmp_path):
     run(tmp_path, {**constant, 'train.steps': 6}, loader=FakeLoader('other'))
 
 
+def counted(folder):
+  with Checkpointer(folder / 'checkpoints', read_only=True) as checkpoints:
+    tree, _ = checkpoints.restore(FakeProgram(CONFIG).abstract_canonical())
+  return {name: int(tree[name]) for name in ('step', 'skipped', 'spikes')}
+
+
 def test_steps_that_are_not_finite_are_skipped_and_named(tmp_path, capsys):
   plan = Schedule(CONFIG).plan(9)
   assert run(tmp_path, loader=FakeLoader(bad=[plan.first_sample + 1])) == loop.DONE
@@ -148,14 +155,14 @@ def test_steps_that_are_not_finite_are_skipped_and_named(tmp_path, capsys):
   assert all(line['loss'] is not None for line in lines(tmp_path)[10:])
   err = capsys.readouterr().err
   assert f'step 10: loss or gradient is not finite, step skipped (1 of at most 5); its samples are {plan.first_sample}..' in err
-  assert stored(tmp_path)[1]['skipped'] == 1
+  assert counted(tmp_path) == {'step': 24, 'skipped': 1, 'spikes': 0}
 
 
 @pytest.mark.parametrize(('budget', 'at'), [(3, 12), (0, 10)])
 def test_the_budget_stops_the_run_and_keeps_the_last_good_state(tmp_path, capsys, budget, at):
   first = Schedule(CONFIG).plan(9).first_sample
   loader = FakeLoader(bad=range(first, first + 400))
-  assert run(tmp_path, {'train.nonfinite_budget': budget}, loader=loader) == loop.NOT_FINITE == 3
+  assert run(tmp_path, {'train.nonfinite_budget': budget}, loader=loader) == loop.DIVERGED == 3
   assert lines(tmp_path)[-1]['step'] == at and lines(tmp_path)[-1]['skipped'] == max(1, budget)
   assert stored(tmp_path)[1]['step'] == 9
   err = capsys.readouterr().err
@@ -166,8 +173,58 @@ def test_the_budget_stops_the_run_and_keeps_the_last_good_state(tmp_path, capsys
 def test_skipped_steps_count_on_over_a_resume(tmp_path):
   bad = [Schedule(CONFIG).plan(step).first_sample for step in (4, 15)]
   assert run(tmp_path, loader=FakeLoader(bad=bad), program=StopAfter) == loop.SAVED
-  assert run(tmp_path, {'train.nonfinite_budget': 2}, loader=FakeLoader(bad=bad)) == loop.NOT_FINITE
+  assert run(tmp_path, {'train.nonfinite_budget': 2}, loader=FakeLoader(bad=bad)) == loop.DIVERGED
   assert [(line['step'], line['skipped']) for line in lines(tmp_path) if 'skipped' in line] == [(5, 1), (16, 2)]
+
+
+class Spiked(FakeLoader):
+  """Batches from these samples on are noise 100 times as large, and their gradients 10,000 times."""
+
+  def __init__(self, first_samples):
+    super().__init__()
+    self._first_samples = first_samples
+
+  def batch(self, first_sample, rows):
+    x = super().batch(first_sample, rows)['x']
+    return {'x': x * (100 if first_sample in self._first_samples else 1)}
+
+
+SPIKES = [Schedule(CONFIG).plan(step).first_sample for step in (18, 20)]
+
+
+def test_a_spike_is_announced_and_where_asked_skipped(tmp_path, capsys):
+  assert run(tmp_path / 'announced', loader=Spiked(SPIKES)) == loop.DONE
+  said = capsys.readouterr().err
+  assert 'step 19: gradient norm ' in said and '(optimizer.clip 1 bounds it, train.spike_skip can skip such steps)' in said and 'step skipped' not in said
+  assert run(tmp_path / 'skipped', {'train.spike_skip': 50.0}, loader=Spiked(SPIKES)) == loop.DONE
+  said = capsys.readouterr().err
+  assert f'times the median of the steps before, step skipped (2 of at most 20); its samples are {SPIKES[1]}..' in said
+  named = [(line['step'], line['spikes'], line['first_sample']) for line in lines(tmp_path / 'skipped') if 'spikes' in line]
+  assert named == [(19, 1, SPIKES[0]), (21, 2, SPIKES[1])]
+  assert counted(tmp_path / 'skipped') == {'step': 24, 'skipped': 0, 'spikes': 2}
+  announced, skipped = (lines(tmp_path / name) for name in ('announced', 'skipped'))
+  assert skipped[:19] == [{**line, **{k: v for k, v in skipped[i].items() if k not in line}} for i, line in enumerate(announced[:19])]
+  assert skipped[19]['loss'] != announced[19]['loss']  # an update less
+
+
+def test_a_stopped_run_skips_what_it_would_have_skipped(tmp_path):
+  """The norms of the steps before are in the checkpoint."""
+  fields = {'train.spike_skip': 50.0}
+  assert run(tmp_path / 'whole', fields, loader=Spiked(SPIKES)) == loop.DONE
+  assert run(tmp_path / 'twice', fields, loader=Spiked(SPIKES), program=StopAfter) == loop.SAVED
+  assert run(tmp_path / 'twice', fields, loader=Spiked(SPIKES)) == loop.DONE
+  assert stored(tmp_path / 'twice') == stored(tmp_path / 'whole')
+  assert lines(tmp_path / 'twice') == lines(tmp_path / 'whole')
+
+
+def test_too_many_spikes_stop_the_run_which_may_go_on_without_skipping(tmp_path, capsys):
+  fields = {'train.spike_skip': 50.0, 'train.spike_budget': 2}
+  assert run(tmp_path, fields, loader=Spiked(SPIKES)) == loop.DIVERGED
+  said = capsys.readouterr().err
+  assert 'stopped: 2 steps had a gradient norm far above the usual (train.spike_budget 2)' in said
+  assert lines(tmp_path)[-1]['step'] == 21 and stored(tmp_path)[1]['step'] == 18
+  assert run(tmp_path, {'train.spike_skip': 0.0}, loader=Spiked(SPIKES)) == loop.DONE
+  assert counted(tmp_path)['spikes'] == 0
 
 
 def test_an_evaluation_does_not_count_as_training_time(tmp_path):

@@ -68,7 +68,23 @@ def test_a_step_that_is_not_finite_changes_only_the_counters():
   state, metrics = program.step(state, program.batch(Schedule(program.config).plan(1), tiny.Rows()))
   assert not bool(metrics['ok'])
   jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
-  assert (int(state.step), int(state.skipped)) == (2, 1)
+  assert (int(state.step), int(state.skipped), int(state.spikes)) == (2, 1, 0)
+
+
+@pytest.mark.parametrize('skip', [0.0, 3.0])
+def test_a_spike_changes_only_the_counters_where_it_is_skipped(skip):
+  program, state, _ = _run(tiny.config(MeshConfig(1, 4, 2, 1), SMALL, spike_skip=skip), 1)
+  before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+  usual = jnp.full_like(state.norms, 1e-6)
+  state, metrics = program.step(
+    state.replace(norms=jax.device_put(usual, state.norms.sharding)), program.batch(Schedule(program.config).plan(1), tiny.Rows())
+  )
+  after = jax.tree.map(np.asarray, (state.params, state.opt_state))
+  same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)]
+  assert all(same) if skip else not any(same)
+  assert bool(metrics['ok']) is not bool(skip)
+  assert (int(state.step), int(state.skipped), int(state.spikes)) == (2, 0, int(bool(skip)))
+  assert float(metrics['usual_norm']) == pytest.approx(1e-6) and float(state.norms[-1]) == pytest.approx(float(metrics['grad_norm']))
 
 
 def test_a_ramp_uses_one_program_for_every_batch_size():

@@ -122,7 +122,7 @@ def test_every_changed_field_has_a_line():
   [
     ('name', 'b'), ('emulate', 8), ('mesh.zero', 3), ('mesh.tensor', 2), ('loop.eval_every', 1), ('data.cache', '/c'),
     ('train.microbatch', 2), ('train.remat', 'none'), ('train.stack', 'unrolled'), ('train.loss_chunk', 8),
-    ('train.nonfinite_budget', 9),
+    ('train.nonfinite_budget', 9), ('train.spike_skip', 20.0), ('train.spike_budget', 9),
   ],
 )  # fmt: skip
 def test_how_it_runs_may_change(path, value):
