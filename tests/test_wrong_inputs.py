@@ -414,16 +414,21 @@ def edit_config(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   path.write_text(path.read_text().replace('"seed"', '"flux": 1, "seed"', 1))
 
 
-def newer_format(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  resumable(folder, monkeypatch)
-  monkeypatch.setattr(checkpoint, 'FORMAT', 0)
+def reads_format(number: int) -> Callable:
+  def prepare(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resumable(folder, monkeypatch)
+    monkeypatch.setattr(checkpoint, 'FORMAT', number)
+
+  return prepare
 
 
 cases(
   14,
   ('another model', (MORE, '--config.model.d_model=16'), ('other settings', 'model.d_model: 8 -> 16', '--workdir'), {'prepare': resumable}),
   ('config of another version', MORE, ('run/config.json', 'another version', 'flux'), {'prepare': edit_config}),
-  ('newer format', MORE, ('checkpoints/4', 'format 1', 'reads format 0'), {'prepare': newer_format, 'changes': REFUSED}),
+  ('newer format', MORE, ('checkpoints/4', 'format 2', 'reads format 1', 'update it'), {'prepare': reads_format(1), 'changes': REFUSED}),
+  ('older format', MORE, ('checkpoints/4', 'format 2', 'reads format 3', 'the older version that wrote it'),
+   {'prepare': reads_format(3), 'changes': REFUSED}),
 )
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -23,8 +24,9 @@ from orbax.checkpoint import multihost
 from lmscale.errors import ConfigError
 from lmscale.parallel import distributed
 
-FORMAT = 1  # raise when older code could not read what is written
+FORMAT = 2  # raise when older code could not read what is written; 2: with the norms of the last steps
 SHOWN = 6  # differences named in an error
+ANNOTATIONS = re.compile(r" \[\w+( \w+)*='.*")  # of TensorStore, behind the reason: error codes, specs of thousands of characters
 
 
 class DamagedCheckpoint(Exception):
@@ -147,9 +149,10 @@ class Checkpointer:
     if digest not in (None, _digest(about)):
       raise DamagedCheckpoint('its metadata has changed')
     if version != FORMAT:
+      advice = 'update it' if version > FORMAT else 'go on with the older version that wrote it'
       raise ConfigError(
         f'checkpoint {self.folder / str(step)} has format {version}, this version of lmscale reads format {FORMAT}; '
-        'update it, or give another --workdir'
+        f'{advice}, or give another --workdir'
       )
     try:
       metadata = self._manager.item_metadata(step).state
@@ -262,5 +265,6 @@ def _differences(found: dict[str, Any], asked: dict[str, Any]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-  text = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+  line = ANNOTATIONS.sub('', (str(error).splitlines() or [''])[0])
+  text = f'{type(error).__name__}: {line}'
   return text if len(text) <= 300 else f'{text[:150]} ... {text[-140:]}'  # the system's own words come last

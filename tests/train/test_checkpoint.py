@@ -100,6 +100,18 @@ def test_reading_another_run_changes_nothing_there(tmp_path):
   assert unfinished.exists()
 
 
+@pytest.mark.parametrize('name', ['.zarray', 'x' * 400])
+def test_the_system_s_own_words_are_shown(tmp_path, name):
+  """TensorStore says what it was doing before them, and behind them everything about the array."""
+  tree = make_tree(mesh_of(1, 1))
+  words = f'''OUT_OF_RANGE: Error writing "{name}": Failed to write 99 bytes: File too large [os_error_code='27']'''
+  spec = ''' [tensorstore_spec='{"context":{"cache_pool":{}},"chunks":[],"open":true,"more":"''' + 'x' * 500 + '''"}']'''
+  with pytest.raises(ConfigError, match=r'could not be saved.*OUT_OF_RANGE: .*File too large\)$') as caught, Checkpointer(tmp_path) as c:
+    c._manager.save = lambda *_, **__: (_ for _ in ()).throw(ValueError(words + spec + '\nmore'))
+    c.save(5, tree, {})
+  assert len(str(caught.value)) < 600
+
+
 def test_no_checkpoint(tmp_path):
   with Checkpointer(tmp_path) as checkpoints, pytest.raises(ConfigError, match='no checkpoint'):
     checkpoints.restore({'w': jax.ShapeDtypeStruct((1,), jnp.float32)})
