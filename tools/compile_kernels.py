@@ -99,7 +99,8 @@ def _ssd(shape, implementation, gradient=False, packed=False):
   import jax.numpy as jnp
 
   from lmscale.kernels import segments
-  from lmscale.kernels.ssd import pallas_mosaic, ssd
+  from lmscale.kernels.ssd import ssd
+  from lmscale.kernels.ssd.mosaic import entry
 
   h, p, n, g, l, b = shape
   x, B, dt = ((b, l, h, p), jnp.bfloat16), ((b, l, g, n), jnp.bfloat16), ((b, l, h), jnp.float32)
@@ -109,7 +110,7 @@ def _ssd(shape, implementation, gradient=False, packed=False):
     if implementation == 'pallas_mosaic':  # `ssd` refuses it until its numerics were checked on a GPU.
       state = jnp.zeros((b, h, p, n), jnp.float32)
       document = None if segment_ids is None else segments.documents(segment_ids)[0]
-      return pallas_mosaic.ssd_pallas_mosaic(x, dt, A, B, C, D, state, document, 64)
+      return entry.ssd_pallas_mosaic(x, dt, A, B, C, D, state, document, 64)
     return ssd(x, dt, A, B, C, D=D, segment_ids=segment_ids, implementation=implementation)
 
   return _maybe_gradient(forward, gradient), (x, dt, head, B, B, head, ids if packed else None)

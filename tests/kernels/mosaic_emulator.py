@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as real
 
-from lmscale.kernels.ssd import pallas_mosaic_outer, pallas_mosaic_walk
+from lmscale.kernels.ssd.mosaic import outer, walk
 
-MODULES = (pallas_mosaic_walk, pallas_mosaic_outer)
+MODULES = (walk, outer)
 LOCK = threading.Lock()
 
 

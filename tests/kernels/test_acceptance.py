@@ -140,7 +140,7 @@ def differentiate(run, q, arguments, weights, segment_ids=None):
 def supported(run, x, B):
   """Skips, with its own words, what 'pallas_mosaic' does not do; the others do everything."""
   if run.implementation == 'pallas_mosaic':
-    reason = importlib.import_module('lmscale.kernels.ssd.pallas_mosaic').unsupported(x, B, api.PALLAS_CHUNK)
+    reason = importlib.import_module('lmscale.kernels.ssd.mosaic.entry').unsupported(x, B, api.PALLAS_CHUNK)
     if reason:
       pytest.skip(reason)
 

@@ -113,7 +113,7 @@ def _choose(x, B, chunk, name, deterministic, interpret):
 
 def _load(name):
   """The module of a Pallas implementation, imported where it is used: Pallas is slow to import."""
-  return importlib.import_module(f'lmscale.kernels.ssd.{name}')
+  return importlib.import_module(f'lmscale.kernels.ssd.{name.removeprefix("pallas_")}.entry')
 
 
 def _check(x, dt, A, B, C, D, z, initial_state, segment_ids, chunk):

@@ -1,6 +1,6 @@
 """The backward pass of the Triton SSD kernel, in two kernels.
 
-With M, H and cs as in `pallas_triton_forward`, G [n, p] the cotangent of the state that leaves a chunk, and
+With M, H and cs as in `forward`, G [n, p] the cotangent of the state that leaves a chunk, and
 K_ji = (B_j . C_i) exp(cs_i - cs_j), so that M = K^T dt, the first kernel walks back over the chunks of a head:
 
   G   <- exp(cs_last) G + C^T (exp(cs) dy)
@@ -31,8 +31,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from lmscale.kernels.ssd import pallas_triton_tiles as tiles
-from lmscale.kernels.ssd.pallas_triton_tiles import Plan
+from lmscale.kernels.ssd.triton import tiles
+from lmscale.kernels.ssd.triton.tiles import Plan
 
 PROGRAMS = 264  # two for every multiprocessor of an H200: with fewer, the heads of a group are shared out
 SIDES = 3  # dx, dC and dB

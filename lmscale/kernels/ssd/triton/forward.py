@@ -15,8 +15,8 @@ import functools
 
 import jax
 
-from lmscale.kernels.ssd import pallas_triton_tiles as tiles
-from lmscale.kernels.ssd.pallas_triton_tiles import Plan
+from lmscale.kernels.ssd.triton import tiles
+from lmscale.kernels.ssd.triton.tiles import Plan
 
 
 def walk(plan: Plan, x, dt, cs, B, C, D, start, document, *, y=False, end=False, saved=None) -> dict[str, jax.Array]:

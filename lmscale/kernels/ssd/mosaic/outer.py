@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lmscale.kernels.ssd.pallas_mosaic_walk import (
+from lmscale.kernels.ssd.mosaic.walk import (
   COLUMN,
   DT,
   MEMORY_REGISTERS,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lmscale.kernels.ssd.decay import chunk_decay
 
 try:
-  from lmscale.kernels.ssd import pallas_mosaic_outer, pallas_mosaic_walk
+  from lmscale.kernels.ssd.mosaic import outer, walk
 except ImportError as error:
   MISSING = f'this JAX ({jax.__version__}) has no Pallas Mosaic GPU lowering ({error})'
 else:
@@ -56,13 +56,13 @@ def ssd_pallas_mosaic(x, dt, A, B, C, D, state, document, chunk, *, deterministi
 @jax.custom_vjp
 def _ssd(x, cs, dt, B, C, D, state, document):
   v, start = vectors(cs, dt, document), starts(document)
-  y, state, _ = pallas_mosaic_walk.walk(x, C, B, v, start, D, state, reverse=False, save=False)
+  y, state, _ = walk.walk(x, C, B, v, start, D, state, reverse=False, save=False)
   return y, state
 
 
 def _forward(x, cs, dt, B, C, D, state, document):
   v, start = vectors(cs, dt, document), starts(document)
-  y, final, H = pallas_mosaic_walk.walk(x, C, B, v, start, D, state, reverse=False, save=True)
+  y, final, H = walk.walk(x, C, B, v, start, D, state, reverse=False, save=True)
   return (y, final), (x, cs, dt, B, C, D, document, H)
 
 
@@ -70,9 +70,9 @@ def _backward(saved, cotangents):
   x, cs, dt, B, C, D, document, H = saved
   dy, dfinal = cotangents
   v, start = vectors(cs, dt, document), starts(document)
-  dx, dstate, G = pallas_mosaic_walk.walk(dy, B, C, v, start, D, dfinal, reverse=True, save=True)
-  dB, dC, dv = pallas_mosaic_outer.outer(x, dy, B, C, v, start, H, G)
-  q = pallas_mosaic_walk.Q
+  dx, dstate, G = walk.walk(dy, B, C, v, start, D, dfinal, reverse=True, save=True)
+  dB, dC, dv = outer.outer(x, dy, B, C, v, start, H, G)
+  q = walk.Q
   row_sum, column_sum, de, dw, keep = jnp.moveaxis(dv, (1, 2), (3, 0))
   keep = _chunks(keep, q).sum(2)  # keep is e of a chunk's last token, so this gradient is added to that token's.
   de = _chunks(de, q).at[:, :, -1].add(keep).reshape(de.shape)
@@ -114,7 +114,7 @@ def scales(cs: jax.Array, dt: jax.Array, document: jax.Array | None, q: int) -> 
 
 def vectors(cs: jax.Array, dt: jax.Array, document: jax.Array | None) -> jax.Array:
   """What the kernels need of every token, [b, h, 5, l]: cs, cs - log dt, dt, e and w; cs and log to base 2."""
-  e, w = scales(cs, dt, document, pallas_mosaic_walk.Q)
+  e, w = scales(cs, dt, document, walk.Q)
   cs = cs * LOG2E
   return jnp.stack([cs, cs - jnp.log2(dt), dt, e, w], 2).transpose(0, 3, 2, 1)
 
@@ -123,5 +123,5 @@ def starts(document: jax.Array | None) -> jax.Array | None:
   """[b, l] int32: where in its chunk the document of a token starts, as an index; None for one document."""
   if document is None:
     return None
-  doc = _chunks(document, pallas_mosaic_walk.Q)
+  doc = _chunks(document, walk.Q)
   return (doc[:, :, None, :] < doc[:, :, :, None]).sum(-1, dtype=jnp.int32).reshape(document.shape)

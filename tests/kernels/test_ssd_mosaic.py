@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec
 from kernels import mosaic_emulator
 
-from lmscale.kernels.ssd import pallas_mosaic, pallas_mosaic_outer, ssd
+from lmscale.kernels.ssd import ssd
+from lmscale.kernels.ssd.mosaic import entry, outer
 from lmscale.kernels.ssd.scan import ssd_scan
 from lmscale.kernels.ssd.xla import ssd_xla
 
@@ -56,7 +57,7 @@ def _run(implementation, document, arguments, cotangents):
 def emulated(monkeypatch):
   """The kernels run in NumPy, in float32 too."""
   mosaic_emulator.install(monkeypatch)
-  monkeypatch.setattr(pallas_mosaic, 'unsupported', lambda *_: None)
+  monkeypatch.setattr(entry, 'unsupported', lambda *_: None)
 
 
 def _check_emulated(assert_close, h, g, n):
@@ -64,7 +65,7 @@ def _check_emulated(assert_close, h, g, n):
   document = _documents(b, l)
   arguments, cotangents = _inputs(b, l, h, g, n)
   want = _run(ssd_scan, document, arguments, cotangents)
-  assert_close(_run(pallas_mosaic.ssd_pallas_mosaic, document, arguments, cotangents), want, 5e-6)
+  assert_close(_run(entry.ssd_pallas_mosaic, document, arguments, cotangents), want, 5e-6)
 
 
 def test_the_kernels_code_is_the_recurrence_and_its_gradient(emulated, assert_close):
@@ -81,7 +82,7 @@ def test_sixteen_bit_operands_round_no_worse_than_the_inputs(emulated, assert_cl
   """One document, no mask for it; the first head forgets everything at every token."""
   (x, dt, A, *rest), cotangents = _inputs(1, 128, 2, 1, 64, dtype=jnp.bfloat16)
   arguments = (x, dt, A.at[0].set(-1e4), *rest)
-  got = _run(pallas_mosaic.ssd_pallas_mosaic, None, arguments, cotangents)
+  got = _run(entry.ssd_pallas_mosaic, None, arguments, cotangents)
   exact = jax.tree.map(lambda m: m.astype(jnp.float32), (arguments, cotangents))
   assert got[0][0].dtype == jnp.bfloat16 and got[1]['B'].dtype == jnp.bfloat16 and got[0][1].dtype == jnp.float32
   assert_close(got, _run(ssd_scan, None, *exact), 1e-2)
@@ -94,7 +95,7 @@ def test_lowers_for_cuda_with_the_shapes_of_one_device():
   document = jax.ShapeDtypeStruct((b, l), jnp.int32)
 
   def step(document, *arguments):
-    out, vjp = jax.vjp(lambda *arguments: pallas_mosaic.ssd_pallas_mosaic(*arguments, document, 64), *arguments)
+    out, vjp = jax.vjp(lambda *arguments: entry.ssd_pallas_mosaic(*arguments, document, 64), *arguments)
     return vjp(out)
 
   heads, one = PartitionSpec(None, None, 'tensor'), PartitionSpec('tensor')
@@ -124,11 +125,11 @@ def test_says_what_it_cannot_do(change, reason):
   size = {'b': 1, 'l': 128, 'h': 2, 'g': 1, 'n': 64, 'dtype': jnp.bfloat16, 'p': 64, 'chunk': 64} | change
   x = jax.ShapeDtypeStruct((size['b'], size['l'], size['h'], size['p']), size['dtype'])
   B = jax.ShapeDtypeStruct((size['b'], size['l'], size['g'], size['n']), size['dtype'])
-  got = pallas_mosaic.unsupported(x, B, size['chunk'])
+  got = entry.unsupported(x, B, size['chunk'])
   assert (got is None) if reason is None else reason in got
   if reason is not None:
     with pytest.raises(ValueError, match='ssd: pallas_mosaic cannot do this'):
-      pallas_mosaic.ssd_pallas_mosaic(x, None, None, B, B, None, None, None, size['chunk'])
+      entry.ssd_pallas_mosaic(x, None, None, B, B, None, None, None, size['chunk'])
 
 
 def test_is_refused_until_it_ran_on_a_gpu():
@@ -139,7 +140,7 @@ def test_is_refused_until_it_ran_on_a_gpu():
 
 
 def test_heads_are_split_evenly_until_the_gpu_is_full():
-  split = pallas_mosaic_outer.split_heads
+  split = outer.split_heads
   assert split(16, 512) == 1 and split(80, 32) == 5 and split(80, 256) == 1 and split(3, 10) == 3
   for heads in (1, 6, 80):
     for programs in (1, 30, 131, 132):
@@ -171,7 +172,7 @@ def test_agrees_with_float32_on_a_gpu(assert_close, packed, b, l, h, g, n, dtype
   _hopper()
   document = _documents(b, l) if packed else None
   arguments, cotangents = _inputs(b, l, h, g, n, dtype=dtype)
-  got, again = (_run(pallas_mosaic.ssd_pallas_mosaic, document, arguments, cotangents) for _ in range(2))
+  got, again = (_run(entry.ssd_pallas_mosaic, document, arguments, cotangents) for _ in range(2))
   jax.tree.map(np.testing.assert_array_equal, got, again)
   exact = jax.tree.map(lambda m: m.astype(jnp.float32), (arguments, cotangents))
   with jax.default_matmul_precision('highest'):
@@ -186,7 +187,7 @@ def test_no_gradient_crosses_a_document_on_a_gpu():
   (x, *rest), (dy, dstate) = _inputs(1, 256, 4, 1, 128, dtype=jnp.bfloat16)
   document = jnp.asarray(np.arange(256)[None] >= 100, jnp.int32)
   dy = dy.at[:, :100].set(0)
-  _, gradients = _run(pallas_mosaic.ssd_pallas_mosaic, document, (x, *rest), (dy, dstate))
+  _, gradients = _run(entry.ssd_pallas_mosaic, document, (x, *rest), (dy, dstate))
   for name in ('x', 'dt', 'B', 'C'):
     assert not np.asarray(gradients[name][:, :100], np.float32).any(), name
   assert not np.asarray(gradients['state']).any()

@@ -10,7 +10,7 @@ memory by TMA. It is the forward pass and, with time reversed, the gradient of x
   forward     x    C   B   e      w       y     h
   reverse     dy   B   C   w      e       dx    the gradient of h
 
-with e, w and keep = e_last from `pallas_mosaic.vectors`. Tokens of other documents have e = 0, w = 0 and no decay_ij.
+with e, w and keep = e_last from `entry.vectors`. Tokens of other documents have e = 0, w = 0 and no decay_ij.
 The state that enters a chunk is rounded to 16 bit for its matmul, and saved so if asked.
 """
 
@@ -62,7 +62,7 @@ def decay(v, start, *, transposed: bool, dt: bool = True):
 
   dt: False leaves the factor dt_j out.
 
-  v: a reference [5, q], the rows of `vectors`. start: a reference [q], see `pallas_mosaic.starts`, or None. The mask
+  v: a reference [5, q], the rows of `vectors`. start: a reference [q], see `entry.starts`, or None. The mask
   comes before the exponential, whose argument is thus never above log dt.
   """
   shape = (Q, Q)

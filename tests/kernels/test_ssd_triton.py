@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from lmscale.kernels import segments as segments_lib
-from lmscale.kernels.ssd import pallas_triton, pallas_triton_backward, scan, ssd
-from lmscale.kernels.ssd.pallas_triton import ssd_pallas_triton
+from lmscale.kernels.ssd import scan, ssd
+from lmscale.kernels.ssd.triton import backward, entry
 
 H200 = AbstractMesh((1,), ('device',), axis_types=(jax.sharding.AxisType.Auto,),
                     abstract_device=AbstractDevice('NVIDIA H200', 132, 'gpu'))  # fmt: skip
@@ -62,7 +62,7 @@ def differentiate(arguments, weights, segment_ids=None, function='api', options=
     if function == 'scan':
       y, state = scan.ssd_scan(**rest, D=D, state=initial_state, document=document, chunk=1)
     else:
-      y, state = ssd_pallas_triton(**rest, D=D, state=initial_state, document=document, interpret=True, **options)
+      y, state = entry.ssd_pallas_triton(**rest, D=D, state=initial_state, document=document, interpret=True, **options)
     return (y if document is None else jnp.where(real[..., None, None], y, 0)), state
 
   def loss(arguments):
@@ -128,16 +128,16 @@ def test_every_plan_is_exact(plan, assert_close):
 @pytest.mark.parametrize('deterministic', [True, False])
 def test_parts_are_exact(deterministic, assert_close, monkeypatch):
   """A head cut in two for its state's size, and the heads of a group shared out over programs."""
-  monkeypatch.setattr(pallas_triton, 'STATE_ELEMENTS', 256)
-  monkeypatch.setattr(pallas_triton_backward, 'PROGRAMS', 10**9)
+  monkeypatch.setattr(entry, 'STATE_ELEMENTS', 256)
+  monkeypatch.setattr(backward, 'PROGRAMS', 10**9)
   with jax.enable_x64(True):
     arguments = make(p=20, n=16, b=1, dtype=np.float64)
     weights = random_weights(arguments)
     options = (('save_every', 1), ('deterministic', deterministic), ('segments', 1))
     got = differentiate(arguments, weights, SEGMENTS[:1], 'kernel', options)
     assert_close(got, differentiate(arguments, weights, SEGMENTS[:1], 'scan'), 1e-10)
-  assert pallas_triton._parts(20, 16) == 2
-  assert pallas_triton_backward._parts(4, 6) == 4
+  assert entry._parts(20, 16) == 2
+  assert backward._parts(4, 6) == 4
 
 
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)

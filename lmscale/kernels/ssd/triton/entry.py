@@ -21,9 +21,7 @@ import jax.numpy as jnp
 from lmscale.kernels.ssd.decay import chunk_decay
 
 try:
-  from lmscale.kernels.ssd import pallas_triton_backward as backward
-  from lmscale.kernels.ssd import pallas_triton_forward as forward
-  from lmscale.kernels.ssd import pallas_triton_tiles as tiles
+  from lmscale.kernels.ssd.triton import backward, forward, tiles
 except ImportError as error:
   MISSING = f'this JAX ({jax.__version__}) has no Pallas Triton lowering ({error})'
 else:
