@@ -12,7 +12,7 @@ import numpy as np
 
 from lmscale import config as config_lib
 from lmscale.data import cache as cache_lib
-from lmscale.data import entropy, storage
+from lmscale.data import entropy, same_content, storage
 from lmscale.data import source as source_lib
 from lmscale.data import tokenizer as tokenizer_lib
 from lmscale.data.blend import Blend
@@ -57,18 +57,29 @@ class Loader:
     self.blend = Blend([source.weight for source in self.sources], seed, split)
     root = storage.cache_root(data.cache)
     self.stores = [_open(data.sources.index(source), source, self.tokenizer, root) for source in self.sources]
+    identities = [store.identity for store in self.stores]
+    self.copies = [identities[:i].count(identity) for i, identity in enumerate(identities)]
     self.samplers = [
-      Sampler(source.name, store, split, data.validation, self.seq_len, seed)
-      for source, store in zip(self.sources, self.stores, strict=True)
+      Sampler(source.name, store, split, data.validation, self.seq_len, seed, copy)
+      for source, store, copy in zip(self.sources, self.stores, self.copies, strict=True)
     ]
+    self.contents = same_content.first_equal(self.stores)
+    if split == 'train':  # told once
+      self._tell_equal_sources()
     self.identity = self._identity(seed, data.validation)
 
   def _identity(self, seed: int, fraction: float) -> dict[str, Any]:
     """Everything a sample depends on, in parts, so that a run that goes on with other data is told what has changed."""
-    sources = [{'name': source.name, 'weight': weight, 'content': store.content}
-               for source, weight, store in zip(self.sources, self.blend.weights, self.stores, strict=True)]
+    sources = [{'name': source.name, 'weight': weight, 'content': store.content, **({'copy': copy} if copy else {})}
+               for source, weight, store, copy in zip(self.sources, self.blend.weights, self.stores, self.copies, strict=True)]
     return {'tokenizer': self.tokenizer.identity, 'sources': sources, 'seq_len': self.seq_len, 'seed': seed,
             'split': self.split, 'validation': fraction, 'version': [VERSION, cache_lib.FORMAT]}
+
+  def _tell_equal_sources(self) -> None:
+    for i, first in enumerate(self.contents):
+      if first != i:
+        log.warning('data.sources %r and %r hold the same texts: they are passed over together, each in an order of its own',
+                    self.sources[first].name, self.sources[i].name)
 
   @property
   def vocab(self) -> int:
@@ -100,10 +111,11 @@ class Loader:
             for sampler, weight in zip(self.samplers, self.blend.weights, strict=True)]
 
   def epochs(self, samples: int) -> dict[str, float]:
-    """How many times the first `samples` samples pass over each source, by name."""
-    counts = self.blend.counts(samples)
-    return {sampler.name: float(n / sampler.windows_per_epoch)
-            for sampler, n in zip(self.samplers, counts, strict=True)}
+    """How many times the first `samples` samples pass over each source's texts, by name; sources with the same texts pass
+    over them together."""
+    counts = np.bincount(self.contents, self.blend.counts(samples))
+    return {sampler.name: float(counts[content] / sampler.windows_per_epoch)
+            for sampler, content in zip(self.samplers, self.contents, strict=True)}
 
   def bytes_per_token(self, samples: int) -> float | None:
     """Bytes of text per predicted token in the first `samples` samples; None where a source does not know its texts."""

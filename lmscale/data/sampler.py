@@ -1,6 +1,6 @@
 """Random access to the training windows of one source: concatenate and split.
 
-Epoch e is the source's documents in an order permuted by (seed, identity, e), one after the other, cut into windows
+Epoch e is the source's documents in an order permuted by (seed, identity, split, e), one after the other, cut into windows
 of seq_len tokens with one more to look ahead at: window k covers stream positions k*T .. k*T + T, and the next window
 begins with the token that was looked at. The windows are visited in a second permuted order. What is left at the
 end of an epoch's stream (fewer than T + 1 tokens, other ones in each epoch) is dropped.
@@ -30,8 +30,12 @@ class Epoch:
 class Sampler:
   """Samples of one source. Sample i is window `windows[i % windows_per_epoch]` of epoch `i // windows_per_epoch`."""
 
-  def __init__(self, name: str, store: TokenStore, split: str, fraction: float, seq_len: int, seed: int):
-    """The documents of `split` where `fraction` is held out. Raises ConfigError if they do not fill one window."""
+  def __init__(self, name: str, store: TokenStore, split: str, fraction: float, seq_len: int, seed: int, copy: int = 0):
+    """The documents of `split` where `fraction` is held out, in order number `copy`: one blend may hold a store twice.
+
+    Raises:
+      ConfigError: they do not fill one window.
+    """
     self.name, self.store, self.seq_len = name, store, seq_len
     self._tokens = np.asarray(store.tokens)  # not as a memmap, whose slices take five times as long
     self._count = np.arange(seq_len, dtype=np.int32)
@@ -40,7 +44,7 @@ class Sampler:
     self.documents, self.lengths = documents[lengths > 0], lengths[lengths > 0]  # Megatron's may be empty
     self.tokens = int(self.lengths.sum())
     self.windows_per_epoch = max(self.tokens - 1, 0) // seq_len
-    self._key = (store.identity, seed, split)
+    self._key = (store.identity, seed, split, copy) if copy else (store.identity, seed, split)
     self._epoch = functools.lru_cache(EPOCHS_KEPT)(self._make_epoch)
     if not self.windows_per_epoch:
       whole = '; documents (text files, JSONL lines) are held out whole: give more of them, or set loop.eval_every=0'

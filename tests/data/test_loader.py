@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import hashlib
 import json
 import subprocess
@@ -281,3 +282,59 @@ def test_training_and_validation_hash_the_text_once(config, monkeypatch):
   assert len(hashed) == 41
   Loader(config, 'validation')
   assert len(hashed) == 41
+
+
+def shown(loader, samples):
+  """The rows of the first samples, without the segments' numbers."""
+  return [row.tobytes() for row in loader.batch(0, range(samples))['tokens']]
+
+
+def test_a_content_that_is_in_the_blend_twice_is_passed_over_in_two_orders_and_counted_as_one(config, tmp_path, caplog):
+  """One file named twice, a copy of it, its archive, and the same texts in another form and order."""
+  (tmp_path / 'copy.jsonl').write_bytes((tmp_path / 'b.jsonl').read_bytes())
+  (tmp_path / 'c.jsonl.gz').write_bytes(gzip.compress((tmp_path / 'b.jsonl').read_bytes()))
+  (tmp_path / 'texts').mkdir()
+  for i, line in enumerate((tmp_path / 'b.jsonl').read_text().splitlines()):
+    (tmp_path / 'texts' / f'{99 - i}.txt').write_text(json.loads(line)['text'])
+  one = config.data.sources[1]
+  others = {'named again': one.path, 'copied': 'copy.jsonl', 'packed': 'c.jsonl.gz', 'texts': 'texts'}
+  alone = Loader(change(config, sources=(one,)))
+  windows = alone.samples_per_epoch
+  for name, path in others.items():
+    other = config_lib.SourceConfig(name, 'text' if name == 'texts' else 'jsonl', str(tmp_path / path), 1.0)
+    caplog.clear()
+    loader = Loader(change(config, sources=(one, other)))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and f"'b' and '{name}'" in told[0] and 'the same' in told[0]
+    assert [loader.samplers[0].sample(i)[0].tolist() for i in range(windows)] == [
+      alone.samplers[0].sample(i)[0].tolist() for i in range(windows)]  # the first keeps its order
+    assert len(set(shown(loader, 2 * windows))) > 1.4 * windows  # not every sample twice
+    counts = loader.blend.counts(1000)
+    assert loader.epochs(1000) == {'b': 1000 / windows, name: 1000 / windows} and counts.sum() == 1000
+    assert loader.identity != alone.identity
+    caplog.clear()
+    Loader(change(config, sources=(one, other)), 'validation')
+    assert not caplog.records  # told once per run
+
+
+def test_three_of_one_content_have_three_orders_and_distinct_sources_are_not_told(config, tmp_path, caplog):
+  a, b = config.data.sources
+  again = [dataclasses.replace(a, name=name, weight=weight) for name, weight in (('x', 1.0), ('y', 2.0))]
+  loader = Loader(change(config, sources=(a, b, *again)))
+  orders = [sampler.sample(0)[0].tolist() for sampler in loader.samplers]
+  assert len({*map(tuple, orders)}) == 4
+  counts = loader.blend.counts(700)
+  together = (counts[0] + counts[2] + counts[3]) / loader.samplers[0].windows_per_epoch
+  assert loader.epochs(700) == {'a': together, 'x': together, 'y': together, 'b': counts[1] / loader.samplers[1].windows_per_epoch}
+  assert [entry.get('copy') for entry in loader.identity['sources']] == [None, None, 1, 2]
+  assert len(caplog.records) == 2
+  caplog.clear()
+  assert [entry.keys() for entry in Loader(config).identity['sources']] == [{'name', 'weight', 'content'}] * 2
+  assert not caplog.records
+
+
+def test_the_order_of_distinct_sources_is_that_of_earlier_versions(config):
+  """Resuming needs it: these are digests of what version 1 of the samples gave."""
+  found = [hashlib.sha256(Loader(config, split).batch(0, range(64))['tokens'].tobytes()).hexdigest()[:16]
+           for split in ('train', 'validation')]
+  assert found == ['27644eb144441649', '2188abb5e1e5e7cf']
