@@ -39,7 +39,7 @@ def make_generate(
 
     def advance(tokens: jax.Array, start: jax.Array | int, caches: Any, key: jax.Array) -> tuple[jax.Array, Any]:
       positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-      hidden, caches, _ = model.forward(config.model, params, tokens, Context(positions, **hooks), caches, plan)
+      hidden, caches = model.forward(config.model, params, tokens, Context(positions, **hooks), caches, plan)
       return _pick(model.logits(config.model, params, hidden[:, -1]), temperature, key), caches
 
     def one(carry: tuple, i: jax.Array) -> tuple[tuple, jax.Array]:

@@ -1,7 +1,7 @@
-"""The four layer kinds, as Linen modules under one contract: (x, ctx, cache) -> (x, cache, aux).
+"""The four layer kinds, as Linen modules under one contract: (x, ctx, cache) -> (x, cache).
 
 Each layer is a mixer with its own pre-norm and residual. x: [b, t, d_model] in the compute dtype. cache: None in training,
-else a dict of arrays that `empty_cache` makes. aux: a dict of scalars that the stack sums over layers.
+else a dict of arrays that `empty_cache` makes.
 Projections are separate matrices, so that heads and groups are cut over the mesh without reshuffling.
 """
 
@@ -50,10 +50,10 @@ class Layer(nn.Module):
     raise TypeError(f'{type(self).__name__} defines no mixer')
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None, dict]:
+  def __call__(self, x_BTD: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
     h_BTD = ctx.constrain(norm(self, self.config, x_BTD), MIXER_INPUT)
     out_BTD, cache = self.mix(h_BTD, ctx, cache)
-    return x_BTD + ctx.constrain(out_BTD, RESIDUAL), cache, {}
+    return x_BTD + ctx.constrain(out_BTD, RESIDUAL), cache
 
   def output_std(self) -> float:
     """Initial std of the maps that write to the residual stream: init_std / sqrt(number of layers)."""

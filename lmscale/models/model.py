@@ -109,19 +109,19 @@ def forward(
   caches: tuple | None = None,
   plan: stack.Plan | None = None,
   remat: str = 'none',
-) -> tuple[jax.Array, tuple | None, dict[str, jax.Array]]:
+) -> tuple[jax.Array, tuple | None]:
   """Tokens to the hidden states that the head reads.
 
   tokens: int32 [b, t]. params: canonical (then `plan` is None) or stacked by `plan`. caches: None, or `empty_caches`.
-  Returns (hidden [b, t, d_model], caches, aux). The compute dtype is that of the embedding.
+  Returns (hidden [b, t, d_model], caches). The compute dtype is that of the embedding.
   """
   layers = params['layers']
   if plan is None:
     plan = stack.make_plan(config.layers, 'unrolled')
     layers = stack.from_layers(layers, plan)
   x_BTD = embed(config, params['embed'], tokens_BT, ctx)
-  x_BTD, caches, aux = stack.apply_stack(config, plan, layers, x_BTD, ctx, caches, remat)
-  return final_norm(config, params['final_norm'], x_BTD), caches, aux
+  x_BTD, caches = stack.apply_stack(config, plan, layers, x_BTD, ctx, caches, remat)
+  return final_norm(config, params['final_norm'], x_BTD), caches
 
 
 def head_kernel(params: Params) -> jax.Array:

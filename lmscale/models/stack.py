@@ -85,7 +85,7 @@ def to_layers(runs: tuple, plan: Plan) -> list[Any]:
 
 def apply_layer(
   config: ModelConfig, kind: str, params: Any, x_BTD: jax.Array, ctx: Context, cache: Any
-) -> tuple[jax.Array, Any, dict]:
+) -> tuple[jax.Array, Any]:
   """One layer: brings its parameters together (ZeRO 3), then runs the module."""
   if ctx.gather is not None:
     params = ctx.gather(kind, params)
@@ -94,28 +94,25 @@ def apply_layer(
 
 def apply_stack(
   config: ModelConfig, plan: Plan, runs: tuple, x_BTD: jax.Array, ctx: Context, caches: tuple | None, remat: str
-) -> tuple[jax.Array, tuple | None, dict[str, jax.Array]]:
+) -> tuple[jax.Array, tuple | None]:
   """All layers. x: [b, t, d_model]; caches: None, or per run and unit position, stacked like the parameters.
 
   remat: 'full' keeps the input of each layer and recomputes the rest in the backward pass; 'selective' keeps
   what the projections give and recomputes the rest: norms, activations, convolutions, attention and the scans, which
   take much memory and little time (arXiv 2205.05198, section 5); 'none' keeps what each operation's derivative needs.
-  Returns (x, caches, aux) with aux summed over layers.
+  Returns (x, caches).
   """
-  auxes: dict[str, jax.Array] = {}
   new_caches = []
   for i, (unit, repeats) in enumerate(plan):
     body = functools.partial(_unit_body, config, unit, ctx, remat, repeats)
     inputs = (runs[i], caches[i] if caches is not None else tuple(None for _ in unit))
     if repeats == 1:
-      x_BTD, (cache, aux) = body(x_BTD, jax.tree.map(lambda leaf: leaf[0], inputs))
+      x_BTD, cache = body(x_BTD, jax.tree.map(lambda leaf: leaf[0], inputs))
       cache = jax.tree.map(lambda leaf: leaf[None], cache)
     else:
-      x_BTD, (cache, aux) = jax.lax.scan(body, x_BTD, inputs)
-      aux = jax.tree.map(lambda leaf: leaf.sum(0), aux)
+      x_BTD, cache = jax.lax.scan(body, x_BTD, inputs)
     new_caches.append(cache)
-    auxes = _add(auxes, aux)
-  return x_BTD, None if caches is None else tuple(new_caches), auxes
+  return x_BTD, None if caches is None else tuple(new_caches)
 
 
 def _unit_body(
@@ -123,20 +120,14 @@ def _unit_body(
 ) -> tuple[jax.Array, tuple]:
   params, caches = inputs
   new_caches = []
-  total: dict[str, jax.Array] = {}
   for kind, layer_params, cache in zip(unit, params, caches, strict=True):
 
     def run(p, x, c, kind=kind):
       return apply_layer(config, kind, p, x, ctx, c)
 
-    x_BTD, cache, aux = _rematerialised(run, ctx, remat, repeats)(layer_params, x_BTD, cache)
+    x_BTD, cache = _rematerialised(run, ctx, remat, repeats)(layer_params, x_BTD, cache)
     new_caches.append(cache)
-    total = _add(total, aux)
-  return x_BTD, (tuple(new_caches), total)
-
-
-def _add(total: dict, more: dict) -> dict:
-  return {name: total.get(name, 0) + more.get(name, 0) for name in total | more}
+  return x_BTD, tuple(new_caches)
 
 
 # Of all matmuls, those with parameters are the ones without batch dims.

@@ -162,9 +162,7 @@ def make_loss(plan: Plan, differentiated: bool) -> Callable[[Any, Batch], tuple[
     )
     if stage3:
       params = {**{part: gather(outer[part], params[part]) for part in outer}, 'layers': params['layers']}
-    hidden_BTD, _, _ = model.forward(
-      config.model, params, microbatch['tokens'], ctx, plan=plan.runs, remat=remat
-    )
+    hidden_BTD, _ = model.forward(config.model, params, microbatch['tokens'], ctx, plan=plan.runs, remat=remat)
     hidden_BTD = constrain(hidden_BTD, ('batch', 'length', 'embed'))
     hidden_ND = hidden_BTD.reshape(-1, config.model.d_model)
     labels_N = microbatch['labels'].reshape(-1)

@@ -23,7 +23,7 @@ def test_greedy_decoding_is_the_argmax_of_the_whole_sequence(mesh):
   params = jax.tree.map(np.asarray, program.canonical(state)['params'])
   params['layers'] = [params['layers'][str(i)] for i in range(len(params['layers']))]
   tokens = jnp.asarray([prompt + out[:-1]])
-  hidden, _, _ = jax.jit(lambda p, t: model.forward(tiny.MODEL, p, t, plain_context(t)))(params, tokens)
+  hidden, _ = jax.jit(lambda p, t: model.forward(tiny.MODEL, p, t, plain_context(t)))(params, tokens)
   assert out == jnp.argmax(model.logits(tiny.MODEL, params, hidden[0, 2:]), axis=-1).tolist()
 
 

@@ -47,7 +47,7 @@ def with_chunk(config: ModelConfig, chunk: int) -> ModelConfig:
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(config: ModelConfig, params: dict, tokens: np.ndarray, ctx: Context) -> jax.Array:
-  hidden, _, _ = model_lib.forward(config, params, tokens, ctx)
+  hidden, _ = model_lib.forward(config, params, tokens, ctx)
   return model_lib.logits(config, params, hidden)
 
 

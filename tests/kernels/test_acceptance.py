@@ -380,7 +380,7 @@ def test_a9_prefill_and_decoding_equal_one_pass(dtype, pattern, lengths, padded,
   def forward(params, tokens, positions, segment_ids, caches):
     context = Context(positions, segment_ids)
     stacked = {**params, 'layers': stack.from_layers(params['layers'], plan)}
-    hidden, caches, _ = model.forward(config, stacked, tokens, context, caches, plan)
+    hidden, caches = model.forward(config, stacked, tokens, context, caches, plan)
     return model.logits(config, params, hidden), caches
 
   with full_precision(jnp.dtype(dtype)):

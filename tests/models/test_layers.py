@@ -21,7 +21,7 @@ KINDS = {'M': 'M', 'm': 'm', '*': '*', '-': '-', 'all': 'M-m*'}
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens, positions=None, segments=None):
   ctx = plain_context(tokens) if positions is None else Context(positions, segments)
-  hidden, _, _ = model.forward(config, params, tokens, ctx)
+  hidden, _ = model.forward(config, params, tokens, ctx)
   return model.logits(config, params, hidden)
 
 
@@ -57,7 +57,7 @@ def test_decoding_with_caches_equals_one_pass(pattern):
     @jax.jit
     def forward(tokens, positions, caches):
       ctx = plain_context(tokens) if positions is None else Context(positions)
-      return model.forward(config, params, tokens, ctx, caches, plan)[:2]
+      return model.forward(config, params, tokens, ctx, caches, plan)
 
     hidden, _ = forward(tokens, None, None)
     caches = model.empty_caches(config, plan, 2, 13, jnp.float64)
@@ -121,7 +121,7 @@ def test_norms_and_activations_against_numpy(norm, activation):
       for i, (name, spec) in enumerate(stack.layer_specs(config, '-').items())
     }
     x = np.asarray(jax.random.normal(jax.random.key(99), (1, 3, 16)))
-    y, _, _ = stack.apply_layer(config, '-', layer, jnp.asarray(x), plain_context(np.zeros((1, 3))), None)
+    y, _ = stack.apply_layer(config, '-', layer, jnp.asarray(x), plain_context(np.zeros((1, 3))), None)
   h = x - x.mean(-1, keepdims=True) if norm != 'rmsnorm' else x
   h = h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5)
   h = h * (layer['norm_scale'] + (norm == 'layernorm1p')) + layer.get('norm_bias', 0)
