@@ -29,7 +29,7 @@ import math
 import ml_collections
 
 from lmscale import config as config_lib
-from lmscale.recipes import arguments
+from lmscale.config import arguments
 
 ARCHITECTURES = ('hybrid', 'transformer', 'mamba', 'mamba2')
 SIZES = ('8b', '800m', '130m', 'tiny')

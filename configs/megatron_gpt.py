@@ -21,8 +21,7 @@ import math
 import ml_collections
 
 from lmscale import config as config_lib
-from lmscale.ramp import batch_segments
-from lmscale.recipes import arguments
+from lmscale.config import arguments, batch_segments
 
 SEQ_LEN = 2048
 # layers, width, heads, tensor, pipe, batch, microbatch

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 import run
-from lmscale.parallel.cluster import Cluster, find_cluster
+from lmscale.exit_codes import AGAIN, USER_ERROR
+from lmscale.processes.cluster import Cluster, find_cluster
 
 TEXT = (pathlib.Path(__file__).parents[1] / 'docs' / 'clusters.md').read_text()
 SCRIPTS = re.findall(r'```sh\n(.*?)```', TEXT, re.DOTALL)
@@ -37,4 +38,4 @@ def test_the_jobset_starts_the_processes_it_says():
   assert find_cluster(vars(flags), environ) == Cluster(f'{name}-{job["name"]}-0-0.{name}:7777', 4, 3)
   assert indexed['completions'] == indexed['parallelism'] == 4 and indexed['completionMode'] == 'Indexed'
   never_again = indexed['podFailurePolicy']['rules'][0]['onExitCodes']['values']
-  assert run.USER_ERROR in never_again and 75 not in never_again
+  assert USER_ERROR in never_again and AGAIN not in never_again

@@ -7,11 +7,9 @@ import pathlib
 
 import pytest
 
-from lmscale import recipes
-from lmscale.config import Config, ConfigError
+from lmscale.config import Config, ConfigError, recipes, resolve_mesh
 from lmscale.plan.parameters import parameter_count
 from lmscale.train.schedule import Schedule
-from lmscale.validate import resolve_mesh
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 ARCHITECTURES = ('transformer', 'mamba', 'mamba2', 'hybrid')

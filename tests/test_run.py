@@ -7,6 +7,8 @@ import pytest
 
 import run
 from lmscale import config as config_lib
+from lmscale.exit_codes import USER_ERROR
+from lmscale.jobs import train as train_job
 
 QUICK = str(run.DEFAULT_CONFIG)
 STUDY = str(run.DEFAULT_CONFIG.with_name('mamba_study.py'))
@@ -153,7 +155,7 @@ def test_several_lines_of_an_error_become_one(capsys, monkeypatch):
   def refuse(*args: object) -> int:
     raise config_lib.ConfigError('other settings:\n  seed: 0 -> 1\n  name: a -> b')
 
-  monkeypatch.setattr(run, 'train_job', refuse)
+  monkeypatch.setattr(train_job, 'run', refuse)
   assert run.main([]) == 2
   assert capsys.readouterr().err == 'error: other settings: seed: 0 -> 1; name: a -> b\n'
 
@@ -165,7 +167,7 @@ def test_a_missing_package_names_its_extra(package, advice, capsys, monkeypatch)
   def missing(*args: object) -> int:
     raise ModuleNotFoundError(f'No module named {package!r}', name=f'{package}.models')
 
-  monkeypatch.setattr(run, 'train_job', missing)
+  monkeypatch.setattr(train_job, 'run', missing)
   assert run.main([]) == 2
   err = capsys.readouterr().err
   assert package in err
@@ -176,7 +178,7 @@ def test_an_interruption_before_the_loop_shows_no_traceback(capsys, monkeypatch)
   def interrupt(*args: object) -> int:
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(run, 'train_job', interrupt)
+  monkeypatch.setattr(train_job, 'run', interrupt)
   assert run.main([]) == 130
   assert 'Traceback' not in capsys.readouterr().err
 
@@ -185,7 +187,7 @@ def test_our_own_missing_module_is_a_bug_not_a_user_error(monkeypatch):
   def missing(*args: object) -> int:
     raise ModuleNotFoundError('No module named lmscale.nothing', name='lmscale.nothing')
 
-  monkeypatch.setattr(run, 'train_job', missing)
+  monkeypatch.setattr(train_job, 'run', missing)
   with pytest.raises(ModuleNotFoundError):
     run.main([])
 
@@ -199,15 +201,18 @@ def test_a_workdir_that_cannot_be_a_folder(workdir, capsys, tmp_path):
 
 def test_a_wrong_init_from_makes_no_folder(capsys, tmp_path):
   argv = [f'--workdir={tmp_path / "new"}', f'--config.train.init_from={tmp_path}', f'--config.data.cache={tmp_path}']
-  assert run.main(argv) == run.USER_ERROR
+  assert run.main(argv) == USER_ERROR
   assert 'train.init_from' in capsys.readouterr().err and not (tmp_path / 'new').exists()
 
 
 @pytest.mark.parametrize(('argv', 'folder'), [([], 'runs/quickstart'), (['--workdir='], 'runs/quickstart'),
                                               (['--config.name=mine'], 'runs/mine'), (['--workdir=here'], 'here')])  # fmt: skip
-def test_a_run_is_kept_in_a_folder_of_its_own(argv, folder, monkeypatch):
-  monkeypatch.setattr(run, 'train_job', lambda config, where: where)
-  assert run.main(argv) == folder
+def test_a_run_is_kept_in_a_folder_of_its_own(argv, folder, monkeypatch, capsys):
+  def seen(where: pathlib.Path) -> None:
+    raise config_lib.ConfigError(f'seen {where}')
+
+  monkeypatch.setattr(train_job, 'check_folder', seen)
+  assert run.main(argv) == 2 and capsys.readouterr().err == f'error: seen {folder}\n'
 
 
 def test_plan_prints_json(capsys, empty_folder):

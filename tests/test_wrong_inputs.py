@@ -31,6 +31,7 @@ from lmscale.data import files
 from lmscale.data.loader import Loader
 from lmscale.errors import ConfigError
 from lmscale.interop import folder as folder_lib
+from lmscale.jobs import train as train_job
 from lmscale.train import checkpoint, program
 from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.workdir import open_workdir
@@ -709,7 +710,7 @@ def data(*argv: str) -> int:
   """What a run says about its data before the first step."""
   flags, overrides = run.parse_flags(['--config=tiny.json', *argv])
   config = run.recipes.load(flags.config, overrides)
-  print(run.format_data(Loader(config), config.train.steps * config.train.batch))
+  print(train_job.format_data(Loader(config), config.train.steps * config.train.batch))
   return 0
 
 

@@ -36,11 +36,11 @@ from lmscale.data import files, megatron, storage
 from lmscale.data import source as source_lib
 from lmscale.data.tokenizer import get_tokenizer
 from lmscale.errors import ConfigError
+from lmscale.exit_codes import KILLED, USER_ERROR
 
 FORMAT = 1  # raise when the same input would give other files
 COPIED = 1 << 24  # bytes at a time
 ENDINGS = ('.bin', '.documents.npy', '.meta.json', '.idx')  # in the order in which they appear: .idx says it is complete
-INTERRUPTED = 130
 
 
 def units(inputs: Sequence[config_lib.SourceConfig]) -> list[tuple[config_lib.SourceConfig, int]]:
@@ -233,10 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     build(inputs, flags.tokenizer, out, flags.workers)
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
-    return 2
+    return USER_ERROR
   except KeyboardInterrupt:
     print('interrupted; the same command goes on', file=sys.stderr)
-    return INTERRUPTED
+    return KILLED
   meta = json.loads(megatron.with_ending(out, '.meta.json').read_text(encoding='utf-8'))
   print(f'{out}: {meta["tokens"]:,} tokens in {meta["documents"]:,} documents, tokenizer {meta["tokenizer"]}')
   return 0

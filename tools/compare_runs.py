@@ -20,11 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 from lmscale import config as config_lib
+from lmscale.config import USES
 from lmscale.errors import ConfigError
 from lmscale.plan.flops import flops_per_token
 from lmscale.train.console import duration, printable
 from lmscale.train.metrics import read_metrics, smooth
-from lmscale.validate import USES
 
 # Dark enough on white, apart from each other also for the colour-blind; with the dashes 8 * 3 runs look different.
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#aa3377', '#a6761d', '#333333', '#56b4e9', '#e6ab02')

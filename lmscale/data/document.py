@@ -28,3 +28,11 @@ def in_validation(keys: np.ndarray, fraction: float) -> np.ndarray:
 def split_of(text: bytes, fraction: float) -> str:
   """'train' or 'validation' for a document with this text."""
   return 'validation' if in_validation(np.array([split_key(text)], np.uint64), fraction)[0] else 'train'
+
+
+def to_utf8(text: str) -> bytes:
+  """UTF-8 of `text`; lone surrogates, which have none, become U+FFFD."""
+  try:
+    return text.encode()
+  except UnicodeEncodeError:
+    return ''.join('\ufffd' if '\ud800' <= c <= '\udfff' else c for c in text).encode()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lmscale import config as config_lib
+from lmscale.batch import ROWS
 from lmscale.data import cache as cache_lib
 from lmscale.data import entropy, same_content, storage
 from lmscale.data import source as source_lib
@@ -20,7 +21,6 @@ from lmscale.data.sampler import Sampler
 
 VERSION = 1  # raise when the same data and seed would give other samples
 SPLITS = ('train', 'validation')
-KEYS = ('tokens', 'labels', 'segment_ids', 'positions')
 ENTROPY_TOKENS = 1 << 24  # of each source that the bigram baseline is counted on
 
 log = logging.getLogger(__name__)
@@ -48,11 +48,8 @@ class Loader:
     data = config.data
     self.split = split
     self.seq_len = config.train.seq_len
-    self.tokenizer = tokenizer_lib.get_tokenizer(data.tokenizer)
+    self.tokenizer = tokenizer_lib.fitting_tokenizer(config)
     self.sources = [source for source in data.sources if source.weight]
-    if config.model.vocab < self.vocab:
-      raise config_lib.ConfigError(f'model.vocab = {config.model.vocab}: the tokenizer {data.tokenizer!r} has '
-                                   f'{self.vocab} ids; set model.vocab to at least {self.vocab}')
     seed = config.seed if split == 'train' else 0
     self.blend = Blend([source.weight for source in self.sources], seed, split)
     root = storage.cache_root(data.cache)
@@ -98,10 +95,10 @@ class Loader:
     """
     if isinstance(rows, slice):
       rows = range(rows.start or 0, rows.stop, rows.step or 1)
-    out = {key: np.empty((len(rows), self.seq_len), np.int32) for key in KEYS}
+    out = {key: np.empty((len(rows), self.seq_len), np.int32) for key in ROWS}
     for i, row in enumerate(rows):
       source, k = self.blend.source_of(first_sample + row)
-      self.samplers[source].fill(k, *(out[key][i] for key in KEYS))
+      self.samplers[source].fill(k, *(out[key][i] for key in ROWS))
     return out
 
   def summary(self) -> list[dict[str, Any]]:

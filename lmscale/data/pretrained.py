@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from lmscale.data import tokenizer as tokenizer_lib
+from lmscale.data import document
 from lmscale.data.extras import need
 from lmscale.errors import ConfigError
 
@@ -37,7 +37,7 @@ class PretrainedTokenizer:
 
   def encode(self, text: bytes | str) -> np.ndarray:
     """uint16 or int32 ids [n] of a text, without `end`. Bad UTF-8 and lone surrogates become U+FFFD."""
-    return self.encode_batch([tokenizer_lib.to_utf8(text) if isinstance(text, str) else text])[0]
+    return self.encode_batch([document.to_utf8(text) if isinstance(text, str) else text])[0]
 
   def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
     """`encode` of each text, all parts in one call of the library."""

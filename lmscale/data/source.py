@@ -3,12 +3,12 @@
 import pathlib
 
 from lmscale import config as config_lib
+from lmscale.config import FIELD_KINDS, SOURCE_KINDS
 from lmscale.data import cache as cache_lib
-from lmscale.data.stdlib import StdlibSource
+from lmscale.data.stdlib_source import StdlibSource
 from lmscale.data.text import JsonlSource, TextSource
 from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
-from lmscale.validate import FIELD_KINDS, SOURCE_KINDS
 
 
 def open_store(source: config_lib.SourceConfig, tokenizer: Tokenizer, cache: pathlib.Path) -> cache_lib.TokenStore:

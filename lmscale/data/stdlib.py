@@ -4,7 +4,7 @@ Two streams. `code`: the library's .py files, without site-packages, test suites
 the help topics. `prose`: the docstrings of those files, one document per file, and Python's help topics, one each.
 Docstrings take the split key of their file, so a held-out file is held out of both streams.
 
-`stdlib_dataset.py` stores both streams with TFDS.
+`stdlib_dataset.py` stores both streams with TFDS, `stdlib_source.py` opens one of them.
 """
 
 import ast
@@ -14,7 +14,6 @@ import io
 import os
 import pathlib
 import platform
-import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,27 +29,6 @@ LEFT_OUT = {  # other people's code, test suites, settings of one machine
   'usercustomize.py',
 }
 TOPICS = 'pydoc_data/topics.py'
-
-
-class StdlibSource:
-  """One stream of the standard library. `files` (default: all) lets tests take a few."""
-
-  def __init__(self, stream: str, cache: pathlib.Path, files: Sequence[pathlib.Path] | None = None):
-    if stream not in STREAMS:
-      raise config_lib.ConfigError(f'data source path {stream!r}: a stdlib source is one of {", ".join(STREAMS)}')
-    self.stream, self.cache = stream, cache
-    self.root = pathlib.Path(sysconfig.get_path('stdlib'))
-    self.files = list(stdlib_files(self.root) if files is None else files)
-
-  def digest(self) -> str:
-    """Names the Python version, the sources' content and the stream."""
-    return f'{version(self.root, self.files)}-{self.stream}'
-
-  def documents(self, skipped: list[str]) -> Iterator[document.Document]:
-    """The stream's documents in order of path, read from the prepared data set."""
-    from lmscale.data import stdlib_dataset  # imported where used: TFDS is not needed once the tokens are cached
-    for example in stdlib_dataset.prepare(self.cache, self.root, self.files)[self.stream]:
-      yield document.Document(example['text'], int(example['split_key']))
 
 
 def stdlib_files(root: pathlib.Path) -> list[pathlib.Path]:

@@ -12,7 +12,6 @@ import pathlib
 from collections.abc import Iterator
 
 from lmscale.data import document, files
-from lmscale.data import tokenizer as tokenizer_lib
 from lmscale.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -156,7 +155,7 @@ def _parse(line: bytes | None, field: str, replaced: _Replaced, place: str) -> t
   if not isinstance(record[field], str):
     return b'', f'field {name} is not a string'
   replaced.note(sum('\ud800' <= c <= '\udfff' for c in record[field]) if '\\u' in text else 0, place)
-  return tokenizer_lib.to_utf8(record[field]), ''
+  return document.to_utf8(record[field]), ''
 
 
 def _count(text: str, field: str) -> int:

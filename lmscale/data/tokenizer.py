@@ -9,6 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
+from lmscale.config import Config
+from lmscale.data import document
+from lmscale.errors import ConfigError
+
 
 class Tokenizer(Protocol):
   """What the data pipeline, sampling and evaluation need of a tokenizer."""
@@ -37,7 +41,7 @@ class ByteTokenizer:
   def encode(self, text: bytes | str) -> np.ndarray:
     """uint16 [bytes of text], without the end-of-document id. A lone surrogate becomes U+FFFD."""
     if isinstance(text, str):
-      text = to_utf8(text)
+      text = document.to_utf8(text)
     return np.frombuffer(text, np.uint8).astype(np.uint16)
 
   def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
@@ -50,17 +54,20 @@ class ByteTokenizer:
     return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode('utf-8', 'replace')
 
 
-def to_utf8(text: str) -> bytes:
-  """UTF-8 of `text`; lone surrogates, which have none, become U+FFFD."""
-  try:
-    return text.encode()
-  except UnicodeEncodeError:
-    return ''.join('\ufffd' if '\ud800' <= c <= '\udfff' else c for c in text).encode()
-
-
 def get_tokenizer(name: str) -> Tokenizer:
   """The tokenizer that `data.tokenizer` names: `bytes`, a tokenizer.json or a .model. Raises ConfigError for others."""
   if name == 'bytes':
     return ByteTokenizer()
   from lmscale.data import pretrained
   return pretrained.open_tokenizer(name)
+
+
+def fitting_tokenizer(config: Config) -> Tokenizer:
+  """The tokenizer of data.tokenizer. Raises ConfigError where it has ids that the embedding has no row for."""
+  found = get_tokenizer(config.data.tokenizer)
+  if found.size > config.model.vocab:
+    raise ConfigError(
+      f'model.vocab: {config.model.vocab} rows are fewer than the {found.size} ids of data.tokenizer '
+      f'{config.data.tokenizer}; set model.vocab={found.size} or more'
+    )
+  return found

@@ -8,9 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lmscale.config import AttentionConfig, Config, Mamba2Config, MambaConfig, MLPConfig, ModelConfig
+from lmscale.config import AttentionConfig, Config, Mamba2Config, MambaConfig, MLPConfig, ModelConfig, validate
 from lmscale.errors import ConfigError
-from lmscale.validate import validate
 
 LARGEST = 1 << 28  # bound on every size in an untrusted config
 LARGEST_DEPTH = 10_000

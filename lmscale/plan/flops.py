@@ -12,8 +12,7 @@ Per token, with h heads of p channels, g groups and state n:
 The selective scan of Mamba-1 has no matrix form: 9 elementwise FLOPs per channel and state, d * n of them per token.
 """
 
-from lmscale.config import ModelConfig
-from lmscale.pattern import LAYER_KINDS
+from lmscale.config import LAYER_KINDS, ModelConfig
 
 CHUNK = 64  # of the SSD where the config leaves it to the kernel
 SCAN_FLOPS = 9  # of Mamba-1's recurrence, per token, channel and state: exp's argument, decay, input, output

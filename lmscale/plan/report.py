@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Any
 
-from lmscale.config import Config
+from lmscale.config import Config, run_tokens
 from lmscale.plan.flops import flops_per_token, flops_per_token_paper
 from lmscale.plan.memory import bytes_per_device
 from lmscale.plan.parameters import parameters_by_kind
-from lmscale.ramp import run_tokens
 
 
 def make_report(config: Config) -> dict[str, Any]:

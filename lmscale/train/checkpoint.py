@@ -21,8 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import multihost
 
+from lmscale import processes as distributed
 from lmscale.errors import ConfigError
-from lmscale.parallel import distributed
 
 FORMAT = 2  # raise when older code could not read what is written; 2: with the norms of the last steps
 SHOWN = 6  # differences named in an error

@@ -7,6 +7,8 @@ from typing import Any, Self, TextIO
 
 import tqdm
 
+from lmscale import processes
+
 
 class Console:
   """Progress and messages on `stream` (standard error by default); a context manager.
@@ -99,3 +101,9 @@ def duration(seconds: float) -> str:
   if whole >= 3600:
     return f'{hours}:{minutes:02}:{whole % 60:02}'
   return f'{minutes}:{whole % 60:02}' if minutes else f'{whole}s'
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+  """Prints, in one of the run's processes."""
+  if processes.is_first():
+    print(printable(text), file=file, flush=True)

@@ -24,10 +24,11 @@ from typing import Any, Self
 
 import jax
 
+from lmscale import processes as distributed
 from lmscale.config import Config
 from lmscale.data.prefetch import prefetch
 from lmscale.errors import ConfigError
-from lmscale.parallel import distributed
+from lmscale.exit_codes import AGAIN, DIVERGED, DONE, KILLED
 from lmscale.plan.devices import device_peak_flops
 from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.console import Console, printable, quantity
@@ -36,11 +37,6 @@ from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
 from lmscale.train.schedule import Schedule, StepPlan
 from lmscale.train.spikes import TIMES
 from lmscale.train.workdir import Workdir, check_identity
-
-DONE = 0
-DIVERGED = 3  # train.nonfinite_budget or train.spike_budget steps were skipped; the last checkpoint is from before the last
-SAVED = 75  # interrupted and saved: run the same command again
-KILLED = 130  # interrupted and not saved
 
 SKIPPED = {  # why a step may be skipped, as counted in metrics: (the field of `train` that is the budget, what such steps were)
   'skipped': ('nonfinite_budget', 'were not finite'),
@@ -59,7 +55,7 @@ def train(
   reference: float | None = None,
   began: float | None = None,
 ) -> int:
-  """Trains to config.train.steps and returns an exit code (see the constants above).
+  """Trains to config.train.steps and returns an exit code (`exit_codes.py`).
 
   program: see `train.program.Program`. loader, val_loader: rows by sample number; `loader.identity` (JSON) says which
   data they are. tokenizer: for samples; None where loop.sample_every is 0. reference: a loss to compare
@@ -275,7 +271,7 @@ class Run:
     """Says how an interrupted run ended."""
     if self.config.loop.checkpoint_every:
       self.console.say(f'stopped and saved at step {done}: run the same command again to go on')
-      return SAVED
+      return AGAIN
     self.console.say(f'stopped at step {done}; nothing is saved because loop.checkpoint_every is 0')
     return KILLED
 

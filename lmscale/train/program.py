@@ -13,17 +13,18 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lmscale import processes as distributed
+from lmscale.batch import ROWS
 from lmscale.config import Config
 from lmscale.generate.sample import make_generate
 from lmscale.models import model, stack
-from lmscale.parallel import distributed
 from lmscale.parallel.layout import make_layout, map_layout
 from lmscale.parallel.mesh import MANUAL, make_mesh
 from lmscale.parallel.rules import make_rules
 from lmscale.train.schedule import StepPlan
 from lmscale.train.spikes import no_norms
 from lmscale.train.state import BOOKKEEPING, TrainState
-from lmscale.train.step import ROWS, make_evaluate, make_step, make_step_plan
+from lmscale.train.step import make_evaluate, make_step, make_step_plan
 
 
 class Rows(Protocol):

@@ -8,8 +8,7 @@ import bisect
 import dataclasses
 import math
 
-from lmscale.config import Config, OptimizerConfig
-from lmscale.ramp import batch_segments
+from lmscale.config import Config, OptimizerConfig, batch_segments
 
 
 @dataclasses.dataclass(frozen=True)

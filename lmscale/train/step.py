@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from lmscale.batch import ROWS
 from lmscale.config import Config
 from lmscale.kernels.cross_entropy import cross_entropy
 from lmscale.models import model, stack
@@ -29,7 +30,6 @@ from lmscale.train.optimizer import apply_update, decays, global_norm, make_opti
 from lmscale.train.spikes import is_spike, keep_norm, usual_norm
 from lmscale.train.state import TrainState
 
-ROWS = ('tokens', 'labels', 'segment_ids', 'positions')
 Batch = dict[str, jax.Array]
 
 

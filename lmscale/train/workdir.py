@@ -26,10 +26,9 @@ from typing import Any, Self
 import jax
 
 from lmscale import config as config_lib
-from lmscale.config import Config
+from lmscale import processes as distributed
+from lmscale.config import Config, run_tokens
 from lmscale.errors import ConfigError
-from lmscale.parallel import distributed
-from lmscale.ramp import run_tokens
 
 PACKAGES = (
   'lmscale', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tensorflow-datasets', 'array_record',

@@ -150,7 +150,7 @@ def test_user_errors(config):
       (change(config, sources=()), 'data.sources'),
       (change(config, sources=(config_lib.SourceConfig('x', 'text', '/missing'),)), '/missing'),
       (dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=10**6)), 'train.seq_len'),
-      (dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=256)), 'model.vocab = 256.*257'),
+      (dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=256)), 'model.vocab: 256 rows.*257'),
   ]:
     with pytest.raises(config_lib.ConfigError, match=message) as caught:
       Loader(broken)

@@ -9,6 +9,7 @@ import pytest
 
 from lmscale import config as config_lib
 from lmscale.data import document, stdlib, stdlib_dataset
+from lmscale.data.stdlib_source import StdlibSource
 
 ROOT = pathlib.Path(sysconfig.get_path('stdlib'))
 
@@ -24,7 +25,7 @@ def library(root, **files):
 def test_the_real_library_end_to_end_without_tensorflow(tmp_path, capfd, caplog):
   files = [path for path in stdlib.stdlib_files(ROOT) if path.parent.name in ('json', 'pydoc_data')]
   with caplog.at_level(logging.INFO):
-    streams = {stream: stdlib.StdlibSource(stream, tmp_path, files) for stream in stdlib.STREAMS}
+    streams = {stream: StdlibSource(stream, tmp_path, files) for stream in stdlib.STREAMS}
     found = {stream: list(source.documents([])) for stream, source in streams.items()}
   assert importlib.util.find_spec('tensorflow') is None and 'tensorflow' not in sys.modules
   assert capfd.readouterr() == ('', '') and not caplog.records
@@ -97,4 +98,4 @@ def test_a_length_that_is_not_the_splits_is_noticed(tmp_path):
 
 def test_unknown_stream_is_a_config_error(tmp_path):
   with pytest.raises(config_lib.ConfigError, match="'poetry'.*code, prose"):
-    stdlib.StdlibSource('poetry', tmp_path)
+    StdlibSource('poetry', tmp_path)

@@ -6,14 +6,13 @@ import jax
 import pytest
 from jax.sharding import NamedSharding
 
-from lmscale.config import Config, ConfigError, from_dict, resolve_mesh
+from lmscale.config import Config, ConfigError, check_mesh, from_dict, resolve_mesh
 from lmscale.parallel.layout import LeafLayout, make_layout
 from lmscale.parallel.mesh import make_mesh
 from lmscale.parallel.rules import make_rules
 from lmscale.plan.memory import bytes_per_device, stage_layers, zero_bytes
 from lmscale.plan.parameters import parameter_count
 from lmscale.train.program import Program
-from lmscale.validate import check_mesh
 
 H, SEQ = 512, 256
 

@@ -4,8 +4,7 @@ import pathlib
 
 import pytest
 
-from lmscale import recipes
-from lmscale.config import Config, ModelConfig, from_dict
+from lmscale.config import Config, ModelConfig, from_dict, recipes
 from lmscale.plan.parameters import KINDS, parameter_count, parameters_by_kind
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'

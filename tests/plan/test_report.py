@@ -4,10 +4,8 @@ import json
 import pathlib
 import time
 
-from lmscale import recipes
-from lmscale.config import fields
+from lmscale.config import field_types, fill_data, recipes
 from lmscale.plan.report import format_report, make_report, short, size
-from lmscale.validate import fill_data
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
@@ -19,7 +17,7 @@ def test_keys_that_scripts_rely_on():
   assert set(report['bytes_per_device']) >= {'parameters', 'gradients', 'optimizer', 'activations'}
   assert 0 < report['flops_per_token'] < report['flops_per_token_paper']
   assert report['devices'] == 8
-  assert set(report['mesh']) == set(fields(type(config.mesh)))
+  assert set(report['mesh']) == set(field_types(type(config.mesh)))
   text = format_report(report)
   assert max(map(len, text.splitlines())) < 120
   assert f'{report["parameters"]["total"]:,}' in text

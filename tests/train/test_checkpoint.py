@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lmscale import processes as distributed
 from lmscale.errors import ConfigError
-from lmscale.parallel import distributed
 from lmscale.train.checkpoint import Checkpointer, checksums
 
 SPECS = {'w': PartitionSpec('data', 'tensor'), 'b': PartitionSpec('tensor'), 'half': PartitionSpec(None, 'data')}

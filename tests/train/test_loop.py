@@ -90,7 +90,7 @@ def test_a_complete_run_says_so(whole, capsys):
 def test_one_signal_saves_and_the_run_goes_on(tmp_path, whole, number, capfd):
   program = type('Stop', (StopAfter,), {'number': number})
   before = signal.getsignal(number)
-  assert run(tmp_path, program=program) == loop.SAVED == 75
+  assert run(tmp_path, program=program) == loop.AGAIN == 75
   assert signal.getsignal(number) == before
   assert stored(tmp_path)[1]['step'] == 11  # between two checkpoints
   assert number.name in capfd.readouterr().err
@@ -172,7 +172,7 @@ def test_the_budget_stops_the_run_and_keeps_the_last_good_state(tmp_path, capsys
 
 def test_skipped_steps_count_on_over_a_resume(tmp_path):
   bad = [Schedule(CONFIG).plan(step).first_sample for step in (4, 15)]
-  assert run(tmp_path, loader=FakeLoader(bad=bad), program=StopAfter) == loop.SAVED
+  assert run(tmp_path, loader=FakeLoader(bad=bad), program=StopAfter) == loop.AGAIN
   assert run(tmp_path, {'train.nonfinite_budget': 2}, loader=FakeLoader(bad=bad)) == loop.DIVERGED
   assert [(line['step'], line['skipped']) for line in lines(tmp_path) if 'skipped' in line] == [(5, 1), (16, 2)]
 
@@ -211,7 +211,7 @@ def test_a_stopped_run_skips_what_it_would_have_skipped(tmp_path):
   """The norms of the steps before are in the checkpoint."""
   fields = {'train.spike_skip': 50.0}
   assert run(tmp_path / 'whole', fields, loader=Spiked(SPIKES)) == loop.DONE
-  assert run(tmp_path / 'twice', fields, loader=Spiked(SPIKES), program=StopAfter) == loop.SAVED
+  assert run(tmp_path / 'twice', fields, loader=Spiked(SPIKES), program=StopAfter) == loop.AGAIN
   assert run(tmp_path / 'twice', fields, loader=Spiked(SPIKES)) == loop.DONE
   assert stored(tmp_path / 'twice') == stored(tmp_path / 'whole')
   assert lines(tmp_path / 'twice') == lines(tmp_path / 'whole')

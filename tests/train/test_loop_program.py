@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
 
 
 def test_stopped_and_resumed_is_the_same_run(tmp_path, whole):
-  assert run(tmp_path, program=Stopped) == loop.SAVED
+  assert run(tmp_path, program=Stopped) == loop.AGAIN
   assert [line['step'] for line in lines(tmp_path)] == [1, 2, 3]
   assert run(tmp_path) == loop.DONE
   for got, want in zip(stored(tmp_path), stored(whole), strict=True):
@@ -73,7 +73,7 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path, whole):
 
 
 def test_resumed_on_another_mesh(tmp_path, whole):
-  assert run(tmp_path, program=Stopped) == loop.SAVED
+  assert run(tmp_path, program=Stopped) == loop.AGAIN
   assert run(tmp_path, MeshConfig(1, 8, 1, 3)) == loop.DONE
   for got, want in zip(lines(tmp_path), lines(whole), strict=True):
     assert got['step'] == want['step'] and got['tokens'] == want['tokens']

@@ -2,8 +2,7 @@
 
 import pytest
 
-from lmscale.config import ConfigError
-from lmscale.pattern import hybrid_pattern
+from lmscale.config import ConfigError, hybrid_pattern
 
 
 def test_published_8b_string():

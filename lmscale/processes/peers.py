@@ -1,4 +1,4 @@
-"""Runs of several processes: what they tell each other, and what happens when one is lost.
+"""What the processes of a run tell each other, and what happens when one is lost.
 
 They share the small key-value store of JAX's coordination service, which lives in process 0. A thread
 in each waits there for notices: that a process was told to stop, so that all save after the same step; or that one has
@@ -8,29 +8,16 @@ by its heartbeat; JAX then aborts the process, which is turned into exit code 75
 
 import concurrent.futures
 import contextlib
-import ctypes
-import glob
-import importlib.util
 import itertools
 import json
-import os
 import re
-import signal
-import socket
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from lmscale.errors import ConfigError
-from lmscale.parallel.cluster import Cluster
+from lmscale.exit_codes import AGAIN, TOGETHER
+from lmscale.processes.exits import exit_now, exit_on_abort
 
-PEER_LOST = 75  # exit code: run the same command again, on the same or another number of processes
-USER_ERROR = 2
-TOGETHER = (0, 3, 75)  # exit codes that all processes come to by themselves
-WAIT = 300.0  # seconds that processes may start after each other
-HEARTBEAT = 6  # seconds without one after which a process counts as lost
 GOODBYE = 5.0  # seconds that a process which fails waits for the others to have heard it
 FOREVER = 10**8  # milliseconds
 # What the errors of collectives, and of Orbax's barriers, have in common when another process is gone.
@@ -39,83 +26,8 @@ LOST = re.compile(
 )
 
 
-def start(cluster: Cluster | None, wait: float = WAIT, tpu: bool = True) -> None:
-  """Connects this process with the others; to be called before JAX is asked for devices.
-
-  cluster: as `find_cluster` gives it. wait: seconds. tpu: whether, without a cluster, a Cloud TPU is looked for.
-
-  Raises:
-    ConfigError: process 0 cannot be reached, or its port is taken. Where some of the others do not come in time, the
-    process ends with exit code 2.
-  """
-  global _peers
-  import jax  # not before a command line was understood
-
-  options = {'heartbeat_timeout_seconds': HEARTBEAT, 'shutdown_timeout_seconds': 60}
-  jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM away from the loop
-  if cluster is None:
-    if not (tpu and _on_tpu()):
-      return
-    jax.distributed.initialize(initialization_timeout=int(wait), **options)
-    if jax.process_count() > 1:
-      _peers = Peers(jax.process_count(), jax.process_index())
-    return
-  _hide_native_output()
-  deadline = time.monotonic() + wait
-  (_check_port if cluster.process == 0 else _wait_for)(cluster.coordinator, deadline)
-  left = max(1, int(deadline - time.monotonic()))
-  state = f'not all of {cluster.processes} processes came to {cluster.coordinator} within {wait:.0f} seconds'
-  _exit_on_abort(lambda: (USER_ERROR, f'error: {_who(cluster)}{state}; start every process, or raise --wait'))
-  try:
-    jax.distributed.initialize(
-      cluster.coordinator, cluster.processes, cluster.process, cluster.local_devices,
-      cluster_detection_method='deactivate', initialization_timeout=left, **options,
-    )  # fmt: skip
-  except RuntimeError as error:
-    raise ConfigError(f'{cluster.coordinator}: {state} ({str(error).splitlines()[0]})') from error
-  _peers = Peers(cluster.processes, cluster.process)
-
-
-def _on_tpu() -> bool:
-  return bool(importlib.util.find_spec('libtpu') and (glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*')))
-
-
-def _hide_native_output() -> None:
-  """Leaves standard output to Python: Gloo, between CPU devices, prints every connection that it makes there."""
-  sys.stdout.flush()
-  sys.stdout = open(os.dup(1), 'w', buffering=1, encoding=sys.stdout.encoding, errors='backslashreplace')  # noqa: SIM115
-  nowhere = os.open(os.devnull, os.O_WRONLY)
-  os.dup2(nowhere, 1)
-  os.close(nowhere)
-
-
-def _check_port(coordinator: str, deadline: float) -> None:
-  port = int(coordinator.rpartition(':')[2])
-  with socket.socket() as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-      probe.bind(('', port))
-    except (OSError, OverflowError) as error:
-      raise ConfigError(f'{coordinator}: process 0 cannot listen on port {port} ({error}); choose another') from error
-
-
-def _wait_for(coordinator: str, deadline: float) -> None:
-  """Returns once something listens at `host:port`."""
-  host, _, port = coordinator.rpartition(':')
-  while True:
-    try:
-      socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
-      return
-    except (OSError, OverflowError) as error:
-      if time.monotonic() > deadline:
-        raise ConfigError(
-          f'{coordinator}: process 0 cannot be reached ({error}); start it, check the address, or raise --wait'
-        ) from error
-    time.sleep(0.2)
-
-
 class Peers:
-  """This process among the others. There is at most one, made by `start`."""
+  """This process among the others. There is at most one, made by `join`."""
 
   def __init__(self, processes: int, process: int):
     from jax._src import distributed  # where Orbax finds the client, too; JAX has no public name for it
@@ -127,7 +39,7 @@ class Peers:
     self._done, self._stop_at, self._asked = 0, None, False
     self._calls = concurrent.futures.ThreadPoolExecutor(1)
     self._counter = itertools.count()
-    _exit_on_abort(self._on_abort)
+    exit_on_abort(self._on_abort)
     self._thread = threading.Thread(target=self._listen, name='peers', daemon=True)
     self._thread.start()
 
@@ -157,12 +69,12 @@ class Peers:
     with contextlib.suppress(Exception):
       self._post({'failed': self.process, 'code': code})
       self.barrier('failed', GOODBYE)
-    _exit(code)
+    exit_now(code)
 
   def lost(self, why: str) -> NoReturn:
     """Ends this process because another one is gone."""
-    self.code = PEER_LOST
-    _exit(PEER_LOST, _lost_text(self.process, self.processes, why))
+    self.code = AGAIN
+    exit_now(AGAIN, _lost_text(self.process, self.processes, why))
 
   def close(self) -> None:
     """Waits for the others, which are about to end as this one, and disconnects."""
@@ -198,7 +110,7 @@ class Peers:
         with contextlib.suppress(Exception):
           self.barrier('failed', GOODBYE)
         text = f'process {notice["failed"]} of {self.processes} ended with exit code {self.code}; it says why'
-        _exit(self.code, text if self.process == 0 else '')
+        exit_now(self.code, text if self.process == 0 else '')
 
   def _agree(self) -> None:
     """Settles the step after which all stop: no process has got there yet, since nobody gets on meanwhile."""
@@ -219,15 +131,16 @@ class Peers:
       if 'NOT_FOUND' in str(error):
         return None
       why = 'no heartbeat'
-    return PEER_LOST, _lost_text(self.process, self.processes, why)
+    return AGAIN, _lost_text(self.process, self.processes, why)
 
 
 _peers: Peers | None = None
 
 
-def peers() -> Peers | None:
-  """The other processes; None in a run of one."""
-  return _peers
+def join(processes: int, process: int) -> None:
+  """Makes this one of several processes, which JAX has connected."""
+  global _peers
+  _peers = Peers(processes, process)
 
 
 def is_first() -> bool:
@@ -272,7 +185,7 @@ def is_lost(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
-  """Within it, an error that came because another process is gone ends this one with PEER_LOST."""
+  """Within it, an error that came because another process is gone ends this one with AGAIN."""
   try:
     yield
   except Exception as error:
@@ -291,43 +204,8 @@ def finish(code: int) -> int:
   return code
 
 
-def _who(cluster: Cluster) -> str:
-  return f'process {cluster.process} of {cluster.processes}: ' if cluster.process else ''
-
-
 def _lost_text(process: int, processes: int, why: str) -> str:
   return (
     f'process {process} of {processes}: another process of this run is gone ({why}); checkpoints are whole: run the same '
-    f'command again to go on (exit code {PEER_LOST})'
+    f'command again to go on (exit code {AGAIN})'
   )
-
-
-def _exit(code: int, text: str = '') -> NoReturn:
-  """Ends the process from any thread."""
-  with contextlib.suppress(Exception):
-    sys.stdout.flush()
-    sys.stderr.flush()
-  if text:
-    os.write(2, f'\n{text}\n'.encode())
-  os._exit(code)
-
-
-_handler: Any = None  # ctypes does not keep it alive
-
-
-def _exit_on_abort(explain: Callable[[], tuple[int, str] | None]) -> None:
-  """Has SIGABRT, from whichever thread, end the process with the exit code and message of `explain`, unless it is None.
-
-  JAX's client aborts the process when the coordination service reports an error. Python's own signal handlers wait for
-  the main thread, which may be stuck in a collective.
-  """
-  global _handler
-
-  def on_abort(number: int) -> None:
-    if (answer := explain()) is not None:
-      _exit(*answer)
-
-  _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
-  libc = ctypes.CDLL(None)
-  libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
-  libc.signal(signal.SIGABRT, _handler)

@@ -1,12 +1,9 @@
 """The batch-size ramp as stretches of equal batch size: pure integer arithmetic on `TrainConfig`."""
 
-import typing
-
-if typing.TYPE_CHECKING:
-  from lmscale.config import TrainConfig
+from lmscale.config.fields import TrainConfig
 
 
-def batch_segments(train: 'TrainConfig') -> list[tuple[int, int, int]]:
+def batch_segments(train: TrainConfig) -> list[tuple[int, int, int]]:
   """Stretches of equal batch size: (first step, its first sample, batch size). The last one has no end.
 
   The batch grows from ramp_start to batch in L = (batch - ramp_start) / ramp_increment steps spread evenly over
@@ -28,7 +25,7 @@ def batch_segments(train: 'TrainConfig') -> list[tuple[int, int, int]]:
   return [*segments, (step, sample, train.batch)]
 
 
-def run_tokens(train: 'TrainConfig') -> int:
+def run_tokens(train: TrainConfig) -> int:
   """Tokens that train.steps steps consume, the ramp included."""
   step, sample, batch = max(s for s in batch_segments(train) if s[0] <= train.steps)
   return (sample + (train.steps - step) * batch) * train.seq_len

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from lmscale.config import MeshConfig
 from lmscale.models import model, stack
 from lmscale.models.context import Context
-from lmscale.parallel.collectives import read_collectives
 from lmscale.parallel.mesh import make_mesh
 from lmscale.parallel.rules import make_constrain, make_local, make_rules, partition
+from lmscale.plan.collectives import read_collectives
 from lmscale.train.program import Program
 
 

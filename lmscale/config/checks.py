@@ -8,16 +8,13 @@ would do.
 import dataclasses
 import math
 import operator
-import typing
 from collections.abc import Iterator
 from typing import Any
 
+from lmscale.config.fields import Config
+from lmscale.config.pattern import LAYER_KINDS
+from lmscale.config.ramp import run_tokens
 from lmscale.errors import ConfigError
-from lmscale.pattern import LAYER_KINDS
-from lmscale.ramp import run_tokens
-
-if typing.TYPE_CHECKING:
-  from lmscale.config import Config
 
 USES = {'model.attention': '*', 'model.mlp': '-', 'model.mamba2': 'M', 'model.mamba': 'm'}
 
@@ -71,7 +68,7 @@ INTERVALS = {  # where numbers must lie: whatever somebody may have a use for, b
 WEIGHT = '[0, 1e12]'
 
 
-def validate(config: 'Config') -> None:
+def validate(config: Config) -> None:
   """Rejects every config that no number of devices could run.
 
   Raises:
@@ -92,7 +89,7 @@ def validate(config: 'Config') -> None:
     check(config)
 
 
-def resolve_mesh(config: 'Config', devices: int) -> 'Config':
+def resolve_mesh(config: Config, devices: int) -> Config:
   """The config with mesh.data filled in for `devices` devices.
 
   Raises:
@@ -115,7 +112,7 @@ def resolve_mesh(config: 'Config', devices: int) -> 'Config':
   return config
 
 
-def fill_data(config: 'Config', devices: int) -> 'Config':
+def fill_data(config: Config, devices: int) -> Config:
   """mesh.data = -1 replaced by the devices that pipe and tensor leave; any other value is kept."""
   mesh = config.mesh
   if mesh.data != -1:
@@ -129,7 +126,7 @@ def fill_data(config: 'Config', devices: int) -> 'Config':
   return dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=rest))
 
 
-def check_mesh(config: 'Config') -> None:
+def check_mesh(config: Config) -> None:
   """Whether the mesh, with mesh.data known, can cut this model, batch and sequence."""
   model, mesh, train = config.model, config.mesh, config.train
   cut_by_tensor = {
@@ -168,7 +165,7 @@ def _most(path: str) -> int:
   return {'seed': 2**32 - 1, 'emulate': MOST_EMULATED}.get(path, LARGEST)
 
 
-def _used(table: dict[str, Any], config: 'Config') -> Iterator[tuple[str, Any]]:
+def _used(table: dict[str, Any], config: Config) -> Iterator[tuple[str, Any]]:
   """The rows of a table whose layer kind, if any, occurs in the pattern."""
   for path, value in table.items():
     if USES.get(path.rpartition('.')[0], '') in config.model.layers:
@@ -213,7 +210,7 @@ def _check_pattern(pattern: str) -> None:
     )
 
 
-def _check_heads(config: 'Config') -> None:
+def _check_heads(config: Config) -> None:
   model = config.model
   pairs = (
     ('*', 'model.attention.kv_heads', 'model.attention.heads'),
@@ -224,7 +221,7 @@ def _check_heads(config: 'Config') -> None:
       _check_divides(part, _get(config, part), whole, _get(config, whole))
 
 
-def _check_positions(config: 'Config') -> None:
+def _check_positions(config: Config) -> None:
   model, seq_len = config.model, config.train.seq_len
   if model.positions == 'learned' and model.max_positions < seq_len:
     raise ConfigError(
@@ -250,7 +247,7 @@ def _check_positions(config: 'Config') -> None:
     )
 
 
-def _check_ramp(config: 'Config') -> None:
+def _check_ramp(config: Config) -> None:
   train = config.train
   ramp = (train.ramp_start, train.ramp_increment, train.ramp_tokens)
   if not any(ramp):
@@ -268,7 +265,7 @@ def _check_ramp(config: 'Config') -> None:
     )
 
 
-def _check_schedule(config: 'Config') -> None:
+def _check_schedule(config: Config) -> None:
   opt, train = config.optimizer, config.train
   if opt.min_learning_rate > opt.learning_rate:
     raise ConfigError(
@@ -293,7 +290,7 @@ def _check_schedule(config: 'Config') -> None:
     )
 
 
-def _check_sources(config: 'Config') -> None:
+def _check_sources(config: Config) -> None:
   sources, tokenizer = config.data.sources, config.data.tokenizer
   if tokenizer != 'bytes' and not tokenizer.endswith(TOKENIZER_FILES):
     raise ConfigError(f'data.tokenizer: {tokenizer!r} is not bytes nor the path of a tokenizer.json (Hugging Face) or a '
@@ -322,7 +319,7 @@ def _check_sources(config: 'Config') -> None:
     raise ConfigError('data.sources: the weights sum to 0; give at least one source a weight')
 
 
-def _check_rest(config: 'Config') -> None:
+def _check_rest(config: Config) -> None:
   if not config.name or not config.name.isprintable() or '/' in config.name or config.name in ('.', '..'):
     raise ConfigError(f'name: {config.name!r} cannot name a run; use letters, digits, - and _')
   if config.mesh.data < 1 and config.mesh.data != -1:

@@ -16,9 +16,9 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmscale import config as config_lib
-from lmscale.config import Config, ConfigError
-from lmscale.errors import UnknownField
+from lmscale.config import parse
+from lmscale.config.fields import Config
+from lmscale.errors import ConfigError, UnknownField
 
 MAX_JSON_BYTES = 1 << 20
 
@@ -45,7 +45,7 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
   for field, text in overrides:
     _override(values, field, text)
   try:
-    return config_lib.from_dict(values)
+    return parse.from_dict(values)
   except UnknownField as error:
     if path.suffix == '.py':
       raise
@@ -111,7 +111,7 @@ def _run_recipe(path: pathlib.Path, argument: str | None) -> dict[str, Any]:
   if argument is not None and not takes_argument:
     raise ConfigError(f'--config: {path} takes no argument, but got {argument!r}')
   try:
-    values = config_lib.plain_dict(get_config(argument) if argument is not None else get_config())
+    values = parse.plain_dict(get_config(argument) if argument is not None else get_config())
   except ConfigError:
     raise
   except Exception as error:
@@ -144,23 +144,23 @@ def _override(values: dict[str, Any], field: str, text: str) -> None:
   *parents, last = field.split('.')
   for depth, name in enumerate(parents):
     node, kind = _descend(node, kind, name, '.'.join(parents[: depth + 1]), field)
-  types = config_lib.fields(kind) if dataclasses.is_dataclass(kind) else {}
+  types = parse.field_types(kind) if dataclasses.is_dataclass(kind) else {}
   if last not in types or not isinstance(node, dict):
-    raise config_lib.unknown_field(field)
+    raise parse.unknown_field(field)
   if dataclasses.is_dataclass(types[last]):
-    names = ', '.join(f'{field}.{name}' for name in config_lib.fields(types[last]))
+    names = ', '.join(f'{field}.{name}' for name in parse.field_types(types[last]))
     raise ConfigError(f'{field}: a group of fields; set one of {names}')
   node[last] = _parse(field, types[last], text)
 
 
 def _descend(node: Any, kind: Any, name: str, path: str, field: str) -> tuple[Any, Any]:
-  if item := config_lib.element(kind):
+  if item := parse.element(kind):
     if not name.isdecimal() or int(name) >= len(node):
       raise ConfigError(f'{path}: no such element; there are {len(node)}, counted from 0')
     return node[int(name)], item
-  types = config_lib.fields(kind) if dataclasses.is_dataclass(kind) else {}
+  types = parse.field_types(kind) if dataclasses.is_dataclass(kind) else {}
   if name not in types or not isinstance(node, dict):
-    raise config_lib.unknown_field(field)
+    raise parse.unknown_field(field)
   return node.setdefault(name, {}), types[name]
 
 

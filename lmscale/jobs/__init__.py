@@ -1,0 +1,32 @@
+"""What run.py can be asked to do: one module per job, each with `run(config, flags)`, which returns the exit code."""
+
+import argparse
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+from lmscale.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A job as the command line needs to know it. together: several processes make one run. json: it can print JSON."""
+
+  help: str
+  together: bool = False
+  json: bool = False
+
+
+# The first is the default; the module `lmscale.jobs.<name>` does the work and is imported when it is asked for.
+JOBS = {
+  'train': Job('train, or go on with the run in --workdir (the default)', together=True),
+  'plan': Job(
+    'print parameters, FLOPs and bytes per device and allocate nothing; mesh.data counts as 1 where the config leaves it open',
+    json=True,
+  ),
+}
+
+
+def find(name: str) -> Callable[[Config, argparse.Namespace], int]:
+  """`run` of a job's module: called with the config and all flags, it returns the exit code."""
+  return importlib.import_module(f'lmscale.jobs.{name}').run
