@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
     """`encode` of each text, faster."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of `ids`. Ids that stand for no text (`end`, rows of the embedding beyond `size`) are dropped."""
+    """The text of `ids`. `end` and other special tokens are dropped; an id that is not 0 .. size - 1 becomes U+FFFD."""
 
 
 class ByteTokenizer:
@@ -49,21 +49,29 @@ class ByteTokenizer:
     return [self.encode(text) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of `ids`. Ids that are no byte (end of document, padding rows) are dropped, bad UTF-8 replaced."""
+    """The text of `ids` without `end`. Bad UTF-8 and ids that are not 0 .. size - 1 become U+FFFD."""
     ids = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids, np.int64)
-    return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode('utf-8', 'replace')
+    ids = ids[ids != self.end]
+    known = np.where((ids >= 0) & (ids < self.size), ids, 255)  # a byte that no UTF-8 has
+    return known.astype(np.uint8).tobytes().decode('utf-8', 'replace')
 
 
-def get_tokenizer(name: str) -> Tokenizer:
-  """The tokenizer that `data.tokenizer` names: `bytes`, a tokenizer.json or a .model. Raises ConfigError for others."""
+def get_tokenizer(name: str, end: str = '') -> Tokenizer:
+  """The tokenizer that `data.tokenizer` names: `bytes`, a tokenizer.json or a .model. Raises ConfigError for others.
+
+  `end` is `data.end_token`, the name of the token that closes a document; empty: the tokenizer's usual one.
+  """
   if name == 'bytes':
+    if end:
+      raise ConfigError(f'data.end_token: {end!r}, but data.tokenizer is bytes, which ends documents with an id of its own; '
+                        'leave data.end_token empty')
     return ByteTokenizer()
   from lmscale.data import pretrained
-  return pretrained.open_tokenizer(name)
+  return pretrained.open_tokenizer(name, end)
 
 
 def fitting_tokenizer(config: Config) -> Tokenizer:
-  """The tokenizer of data.tokenizer. Raises ConfigError where it has ids that the embedding has no row for."""
+  """The tokenizer of data.tokenizer and data.end_token. Raises ConfigError where it has ids that the embedding has no row for."""
   found = get_tokenizer(config.data.tokenizer)
   if found.size > config.model.vocab:
     raise ConfigError(

@@ -52,10 +52,11 @@ def test_bad_text_is_replaced_and_nul_kept(name):
   assert tokenizer.decode(tokenizer.encode('a\0b')) == 'a\0b'
 
 
-def test_decode_drops_what_stands_for_no_text(name):
+def test_decode_drops_the_end_and_shows_ids_that_there_are_not(name):
   tokenizer = get_tokenizer(name)
   ids = tokenizer.encode('hello').tolist()
-  assert tokenizer.decode([tokenizer.end, *ids, tokenizer.size, 10**9, -1]) == 'hello'
+  assert tokenizer.decode([tokenizer.end, *ids, tokenizer.end]) == 'hello'
+  assert tokenizer.decode([*ids, tokenizer.size, 10**9, -1, *ids]) == 'hello\ufffd\ufffd\ufffdhello'
   assert tokenizer.decode(np.array(ids)) == 'hello' and tokenizer.decode(iter(ids)) == 'hello'
 
 

@@ -22,9 +22,10 @@ def test_bytes_are_their_own_ids(raw):
   assert TOKENIZER.decode(list(raw)) == raw.decode('utf-8', 'replace')
 
 
-def test_decode_drops_what_is_no_byte():
+def test_decode_drops_the_end_and_shows_ids_that_there_are_not():
   assert TOKENIZER.end == 256 and TOKENIZER.size == 257
-  assert TOKENIZER.decode([104, 256, 263, 105]) == 'hi'
+  assert TOKENIZER.decode([104, 256, 105]) == 'hi'
+  assert TOKENIZER.decode([104, 257, 263, 105, -1]) == 'h\ufffd\ufffdi\ufffd'
   assert TOKENIZER.decode(iter([104, 105])) == 'hi'
 
 
