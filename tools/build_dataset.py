@@ -55,19 +55,20 @@ def units(inputs: Sequence[config_lib.SourceConfig]) -> list[tuple[config_lib.So
   return found
 
 
-def shard_key(source: config_lib.SourceConfig, tokenizer_name: str) -> str:
+def shard_key(source: config_lib.SourceConfig, tokenizer_name: str, end: str = '') -> str:
   """Names a unit's content and the tokenizer. Runs in a worker process."""
-  opened, tokenizer = source_lib.open_source(source, storage.cache_root()), get_tokenizer(tokenizer_name)
+  opened, tokenizer = source_lib.open_source(source, storage.cache_root()), get_tokenizer(tokenizer_name, end)
   return hashlib.sha256(f'{type(opened).__name__} {opened.digest()} {tokenizer.identity} {FORMAT}'.encode()).hexdigest()[:32]
 
 
-def build_shard(source: config_lib.SourceConfig, key: str, tokenizer_name: str, shards: pathlib.Path) -> dict[str, Any]:
+def build_shard(source: config_lib.SourceConfig, key: str, tokenizer_name: str, shards: pathlib.Path,
+                end: str = '') -> dict[str, Any]:
   """Tokenises one unit into the folder `key` of `shards` unless it is there; returns what it holds. In a worker process.
 
   Raises:
     ConfigError: the text cannot be used, or it is no longer what `key` names.
   """
-  opened, tokenizer = source_lib.open_source(source, storage.cache_root()), get_tokenizer(tokenizer_name)
+  opened, tokenizer = source_lib.open_source(source, storage.cache_root()), get_tokenizer(tokenizer_name, end)
 
   def build(folder: pathlib.Path) -> None:
     skipped: list[str] = []
@@ -77,7 +78,7 @@ def build_shard(source: config_lib.SourceConfig, key: str, tokenizer_name: str, 
         writer.add(ids)
         kept.append((split_key, size % 2**64))
     np.save(folder / 'documents.npy', np.array(kept, np.uint64).reshape(-1, 2).T, allow_pickle=False)
-    if shard_key(source, tokenizer_name) != key:
+    if shard_key(source, tokenizer_name, end) != key:
       raise ConfigError(f'{source.name}: changed while it was read; give the command again')
     meta = {'key': key, 'documents': len(kept), 'tokens': sum(writer.lengths), 'skipped': skipped}
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
@@ -91,9 +92,10 @@ def build_shard(source: config_lib.SourceConfig, key: str, tokenizer_name: str, 
   return storage.ensure(shards / key, build, read)
 
 
-def merge(out: pathlib.Path, shards: pathlib.Path, made: Sequence[dict[str, Any]], tokenizer_name: str) -> None:
+def merge(out: pathlib.Path, shards: pathlib.Path, made: Sequence[dict[str, Any]], tokenizer_name: str,
+          end: str = '') -> None:
   """Puts the shards together under temporary names, then renames them; a killed merge is done again from the start."""
-  tokenizer = get_tokenizer(tokenizer_name)
+  tokenizer = get_tokenizer(tokenizer_name, end)
   dtype = megatron.dtype_for(tokenizer.size)
   temporary = shards / 'merged'
   total = hashlib.sha256()
@@ -142,13 +144,14 @@ def is_complete(out: pathlib.Path, keys: Sequence[str]) -> bool:
   return len(present) == len(ENDINGS)
 
 
-def build(inputs: Sequence[config_lib.SourceConfig], tokenizer_name: str, out: pathlib.Path, workers: int) -> None:
+def build(inputs: Sequence[config_lib.SourceConfig], tokenizer_name: str, out: pathlib.Path, workers: int,
+          end: str = '') -> None:
   """Builds the data set `out`, going on where an earlier call was killed. Raises ConfigError for a mistake of the user's."""
-  get_tokenizer(tokenizer_name)
+  get_tokenizer(tokenizer_name, end)
   todo, shards = units(inputs), megatron.with_ending(out, '.shards')
   context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (os.getpid(),)) as pool:
-    keys = _each(pool, 'hashing', [(size, shard_key, source, tokenizer_name) for source, size in todo])
+    keys = _each(pool, 'hashing', [(size, shard_key, source, tokenizer_name, end) for source, size in todo])
     if is_complete(out, keys):
       shutil.rmtree(shards, ignore_errors=True)
       return
@@ -162,13 +165,13 @@ def build(inputs: Sequence[config_lib.SourceConfig], tokenizer_name: str, out: p
           fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
           raise ConfigError(f'--out: another process is building {out}') from error
-        work = [(size, build_shard, source, key, tokenizer_name, shards)
+        work = [(size, build_shard, source, key, tokenizer_name, shards, end)
                 for key, (source, size) in zip(keys, todo, strict=True)]
         made = [{'name': source.name, **shard}
                 for (source, _), shard in zip(todo, _each(pool, 'tokenising', work), strict=True)]
         if not sum(shard['documents'] for shard in made):
           raise ConfigError('--input: no document in it')
-        merge(out, shards, made, tokenizer_name)
+        merge(out, shards, made, tokenizer_name, end)
     except OSError as error:
       raise ConfigError(f'--out: cannot write {out}: {error.strerror}') from error
   shutil.rmtree(shards)
@@ -222,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--field', default='text', help='of jsonl and tfds')
   parser.add_argument('--split', default='train', help='of tfds')
   parser.add_argument('--tokenizer', default='bytes', help='as data.tokenizer (default: %(default)s)')
+  parser.add_argument('--end_token', default='', help='as data.end_token')
   parser.add_argument('--out', type=pathlib.Path, required=True, help='prefix of the files')
   parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes (default: %(default)s)')
   flags = parser.parse_args(argv)
@@ -230,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise ConfigError(f'--workers: {flags.workers} is less than 1')
     inputs = [source_lib.parse(text, flags.field, flags.split) for text in flags.input]
     out = megatron.prefix_of(str(flags.out))
-    build(inputs, flags.tokenizer, out, flags.workers)
+    build(inputs, flags.tokenizer, out, flags.workers, flags.end_token)
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return USER_ERROR

@@ -64,10 +64,8 @@ class PretrainedTokenizer:
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`; `end` and other special tokens are dropped, an id that the tokenizer has not is U+FFFD."""
-    text = ''
-    for known, run in itertools.groupby((int(i) for i in ids), lambda i: 0 <= i < self.size):
-      text += self._decode([i for i in run if i != self.end]) if known else '\ufffd' * len(list(run))
-    return text
+    runs = itertools.groupby((int(i) for i in ids if i != self.end), lambda i: 0 <= i < self.size)
+    return ''.join(self._decode(list(run)) if known else '\ufffd' * sum(1 for _ in run) for known, run in runs)
 
 
 def cut(text: str) -> Iterable[str]:

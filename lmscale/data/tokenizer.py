@@ -72,7 +72,7 @@ def get_tokenizer(name: str, end: str = '') -> Tokenizer:
 
 def fitting_tokenizer(config: Config) -> Tokenizer:
   """The tokenizer of data.tokenizer and data.end_token. Raises ConfigError where it has ids that the embedding has no row for."""
-  found = get_tokenizer(config.data.tokenizer)
+  found = get_tokenizer(config.data.tokenizer, config.data.end_token)
   if found.size > config.model.vocab:
     raise ConfigError(
       f'model.vocab: {config.model.vocab} rows are fewer than the {found.size} ids of data.tokenizer '

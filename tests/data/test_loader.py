@@ -228,6 +228,19 @@ def test_another_tokenizer_is_another_cache_and_is_told_on_resume(config, bpe):
     Loader(change(config, tokenizer=bpe))
 
 
+def test_the_end_of_documents_can_be_named(config, bpe):
+  usual = Loader(vocabulary(change(config, tokenizer=bpe), 320))
+  same = Loader(vocabulary(change(config, tokenizer=bpe, end_token='<|endoftext|>'), 320))
+  other = Loader(vocabulary(change(config, tokenizer=bpe, end_token='<pad>'), 320))
+  assert same.identity == usual.identity and same.stores[0].identity == usual.stores[0].identity
+  assert other.identity['tokenizer'] == f'{usual.identity["tokenizer"]}:end=0'
+  for loader, end in ((usual, 1), (other, 0)):
+    store = loader.stores[0]
+    assert (np.flatnonzero(store.tokens <= 1) == store.offsets[1:] - 1).all() and set(store.tokens[store.offsets[1:] - 1]) == {end}
+  with pytest.raises(config_lib.ConfigError, match=r"data.end_token: it has no token '<pd>'; did you mean '<pad>'"):
+    Loader(vocabulary(change(config, tokenizer=bpe, end_token='<pd>'), 320))
+
+
 def test_bytes_per_token_are_those_of_the_samples(config, bpe):
   """Counted by decoding each predicted token; the documents' ends are predicted too and stand for no text."""
   for source, rel in ((config.data.sources, 0.03), (config.data.sources[:1], 0.03)):

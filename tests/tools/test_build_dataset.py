@@ -19,6 +19,9 @@ from lmscale.errors import ConfigError
 from tools import build_dataset
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / 'tests' / 'data'))
+from made import make_bpe
+
 ENDINGS = ('.bin', '.idx', '.meta.json', '.documents.npy')
 
 
@@ -223,3 +226,15 @@ def test_a_file_that_changed_meanwhile_is_not_kept(tmp_path, corpus):
   with pytest.raises(ConfigError, match='changed while it was read; give the command again'):
     build_dataset.build_shard(source, key, 'bytes', shards)
   assert not (shards / key).exists()
+
+
+def test_the_end_token_can_be_named(corpus, tmp_path, monkeypatch, capsys):
+  inline(monkeypatch)
+  name = make_bpe(tmp_path / 'tokenizer.json')
+  argv = ['--input', f'jsonl:{corpus}/00.jsonl.gz', '--tokenizer', name, '--out', str(tmp_path / 'a'), '--workers', '1']
+  assert build_dataset.main([*argv, '--end_token', '<pad>']) == 0
+  index = megatron.read_index(tmp_path / 'a')
+  tokens = np.fromfile(tmp_path / 'a.bin', index.dtype)
+  assert set(tokens[index.offsets[1:] - 1]) == {0} and ':end=0' in capsys.readouterr().out
+  assert build_dataset.main(argv) == 2 and 'with another tokenizer' in capsys.readouterr().err
+  assert build_dataset.main([*argv, '--end_token', '<pd>']) == 2 and "did you mean '<pad>'" in capsys.readouterr().err
