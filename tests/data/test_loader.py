@@ -224,7 +224,7 @@ def test_another_tokenizer_is_another_cache_and_is_told_on_resume(config, bpe):
     check_identity(first.identity, other.identity, 'W')
   changed = str(caught.value).splitlines()[1:]
   assert changed == [f'  tokenizer: "bytes-v1" -> "{get_tokenizer(bpe).identity}"']
-  with pytest.raises(config_lib.ConfigError, match='model.vocab = 264.*315'):
+  with pytest.raises(config_lib.ConfigError, match='model.vocab: 264.*315'):
     Loader(change(config, tokenizer=bpe))
 
 
