@@ -32,7 +32,7 @@ import tqdm
 
 from lmscale import config as config_lib
 from lmscale.data import cache as cache_lib
-from lmscale.data import files, megatron, storage
+from lmscale.data import files, losses, megatron, storage
 from lmscale.data import source as source_lib
 from lmscale.data.tokenizer import get_tokenizer
 from lmscale.errors import ConfigError
@@ -72,20 +72,21 @@ def build_shard(source: config_lib.SourceConfig, key: str, tokenizer_name: str, 
 
   def build(folder: pathlib.Path) -> None:
     skipped: list[str] = []
-    kept = []
+    kept, lost = [], losses.Losses(tokenizer)
     with megatron.Writer(folder / 'shard', megatron.dtype_for(tokenizer.size)) as writer:
-      for ids, split_key, size in cache_lib.tokenised(opened.documents(skipped), tokenizer):
+      for ids, split_key, size in cache_lib.tokenised(opened.documents(skipped), tokenizer, lost):
         writer.add(ids)
         kept.append((split_key, size % 2**64))
     np.save(folder / 'documents.npy', np.array(kept, np.uint64).reshape(-1, 2).T, allow_pickle=False)
     if shard_key(source, tokenizer_name, end) != key:
       raise ConfigError(f'{source.name}: changed while it was read; give the command again')
-    meta = {'key': key, 'documents': len(kept), 'tokens': sum(writer.lengths), 'skipped': skipped}
+    meta = {'key': key, 'documents': len(kept), 'tokens': sum(writer.lengths), 'skipped': skipped,
+            'losses': lost.counts()}
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
 
   def read(folder: pathlib.Path) -> dict[str, Any]:
     meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-    if len(megatron.read_index(folder / 'shard').lengths) != meta['documents']:
+    if len(megatron.read_index(folder / 'shard').lengths) != meta['documents'] or 'losses' not in meta:
       raise ValueError(f'{folder}: damaged')
     return meta
 
@@ -171,6 +172,10 @@ def build(inputs: Sequence[config_lib.SourceConfig], tokenizer_name: str, out: p
                 for (source, _), shard in zip(todo, _each(pool, 'tokenising', work), strict=True)]
         if not sum(shard['documents'] for shard in made):
           raise ConfigError('--input: no document in it')
+        try:
+          losses.report(*losses.total(shard['losses'] for shard in made))
+        except ConfigError as error:
+          raise ConfigError(f'--input: {error}') from error
         merge(out, shards, made, tokenizer_name, end)
     except OSError as error:
       raise ConfigError(f'--out: cannot write {out}: {error.strerror}') from error

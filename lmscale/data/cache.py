@@ -19,13 +19,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from lmscale.data import document, storage
-from lmscale.data.tokenizer import Tokenizer
+from lmscale.data.losses import Losses
+from lmscale.data.tokenizer import ByteTokenizer, Tokenizer
 from lmscale.errors import ConfigError
 
 FORMAT = 1  # raise when the same text and tokenizer would give other tokens or documents
 LAYOUT = 2  # raise when other files are written for them
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 22, 1024  # text tokenised in one call
-PROBED = 64  # documents, up to 4 KiB of each, on which it is tried whether the tokenizer loses text
+PROBED, PROBED_BYTES = 16, 4096  # documents of each batch, and bytes of each, on which it is tried whether text is changed
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def tokenise(source: Source, tokenizer: Tokenizer, cache: pathlib.Path) -> Token
   content = source.digest()
   described = f'{type(source).__name__} {content} {tokenizer.identity} {FORMAT}'
   key = hashlib.sha256(described.encode()).hexdigest()[:32]
-  store = storage.ensure(cache / 'tokens' / f'{key}-{LAYOUT}', lambda folder: _write(folder, source, tokenizer, key), _open)
+  store = storage.ensure(cache / 'tokens' / f'{key}-{LAYOUT}', lambda folder: _write(folder, source, tokenizer, key),
+                         lambda folder: _open(folder, tokenizer.identity != ByteTokenizer.identity))
   return dataclasses.replace(store, content=content)
 
 
@@ -72,16 +74,18 @@ def token_dtype(size: int) -> np.dtype:
   return np.dtype('<u2' if size <= 1 << 16 else '<i4')
 
 
-def tokenised(documents: Iterable[document.Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int, int]]:
-  """(ids closed by the end id, split key, bytes of text or -1) of each document, a batch at a time."""
+def tokenised(documents: Iterable[document.Document], tokenizer: Tokenizer,
+              losses: Losses) -> Iterator[tuple[np.ndarray, int, int]]:
+  """(ids closed by the end id, split key, bytes of text or -1) of each document, a batch at a time; what the tokenizer
+  loses is counted in `losses`."""
   dtype = token_dtype(tokenizer.size)
   end = np.array([tokenizer.end], dtype)
-  probed = 0
   for batch in _batches(documents):
     texts = [d.text for d in batch if d.ids is None]
-    if texts and probed < PROBED:
-      probed += _probe(texts[:PROBED - probed], tokenizer)
-    encoded = iter(tokenizer.encode_batch(texts))
+    found_ids = tokenizer.encode_batch(texts)
+    losses.add(texts, found_ids)
+    losses.probe([text[:PROBED_BYTES] for text in texts[::max(1, len(texts) // PROBED)]])
+    encoded = iter(found_ids)
     for found in batch:
       ids = next(encoded) if found.ids is None else _checked(found.ids, tokenizer)
       if found.ids is None or ids[-1] != tokenizer.end:
@@ -108,26 +112,16 @@ def _batches(documents: Iterable[document.Document]) -> Iterator[list[document.D
     yield batch
 
 
-def _probe(texts: list[bytes], tokenizer: Tokenizer) -> int:
-  """Says it once where the tokenizer does not give a text back; returns how many texts were tried."""
-  pieces = [text[:4096].decode('utf-8', 'ignore').encode() for text in texts]
-  for text, ids in zip(pieces, tokenizer.encode_batch(pieces), strict=True):
-    if (back := tokenizer.decode(ids)) != (text := text.decode()):
-      at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
-      log.warning('the tokenizer does not keep every text: %r came back as %r; bits per byte count the original bytes',
-                  text[at:at + 20], back[at:at + 20])
-      return PROBED
-  return len(texts)
-
-
 def _write(folder: pathlib.Path, source: Source, tokenizer: Tokenizer, key: str) -> None:
   lengths, split_keys, text_bytes, skipped = [0], [], [], []
+  losses = Losses(tokenizer)
   with (folder / 'tokens.bin').open('wb') as file:
-    for ids, split_key, size in tokenised(source.documents(skipped), tokenizer):
+    for ids, split_key, size in tokenised(source.documents(skipped), tokenizer, losses):
       file.write(ids.tobytes())
       lengths.append(len(ids))
       split_keys.append(split_key)
       text_bytes.append(size)
+  losses.finish()
   if skipped:
     shown = '; '.join(itertools.islice(skipped, 10))
     log.warning('%d lines give no text and are skipped: %s', len(skipped), shown + (', …' if len(skipped) > 10 else ''))
@@ -138,7 +132,8 @@ def _write(folder: pathlib.Path, source: Source, tokenizer: Tokenizer, key: str)
     np.save(folder / f'{name}.npy', array, allow_pickle=False)
     digests[name] = hashlib.sha256((folder / f'{name}.npy').read_bytes()).hexdigest()
   meta = {'format': FORMAT, 'key': key, 'tokenizer': tokenizer.identity, 'dtype': token_dtype(tokenizer.size).str,
-          'tokens': sum(lengths), 'documents': len(split_keys), 'sha256': digests, 'skipped': skipped}
+          'tokens': sum(lengths), 'documents': len(split_keys), 'sha256': digests, 'skipped': skipped,
+          'lost': losses.lost}
   (folder / 'meta.json').write_text(json.dumps({**meta, 'self': _hash(meta)}, indent=1), encoding='utf-8')
 
 
@@ -146,11 +141,14 @@ def _hash(meta: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
 
 
-def _open(folder: pathlib.Path) -> TokenStore:
-  """Raises ValueError, KeyError or OSError if a file is missing or has not the size or hash that was written."""
+def _open(folder: pathlib.Path, checked: bool = False) -> TokenStore:
+  """Raises ValueError, KeyError or OSError if a file is missing or has not the size or hash that was written, or, where
+  `checked`, if nobody counted what the tokenizer lost."""
   meta: dict[str, Any] = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
   if meta.pop('self') != _hash(meta):
     raise ValueError(f'{folder}: meta.json changed')
+  if checked and 'lost' not in meta:
+    raise ValueError(f'{folder}: written before losses were counted')
   dtype = np.dtype(meta['dtype'])
   arrays = {}
   for name in ('offsets', 'split_keys', 'text_bytes'):

@@ -38,13 +38,18 @@ class PretrainedTokenizer:
   """A tokenizer from a file; see `tokenizer.Tokenizer`."""
 
   def __init__(self, identity: str, size: int, end: int, special: Iterable[int], unknown: int | None,
-               encode: Callable[[list[str]], list[list[int]]], decode: Callable[[list[int]], str]):
-    """special: ids that no text may become. unknown: the id of what the tokenizer does not know, None if there is none."""
+               encode: Callable[[list[str]], list[list[int]]], decode: Callable[[list[list[int]]], list[str]],
+               token_bytes: np.ndarray | None):
+    """special: ids that no text may become. unknown: the id of what the tokenizer does not know, None if there is none.
+    token_bytes: int [size], how many bytes of text each id stands for; None where that depends on its neighbours."""
     self.identity, self.size, self.end = identity, size, end
     self.special, self.unknown = frozenset(special) | {end}, unknown
     self._is_special = np.isin(np.arange(size), list(self.special))
     self._encode, self._decode = encode, decode
     self._dtype = np.uint16 if size <= 1 << 16 else np.int32
+    self._token_bytes, self._prefix = token_bytes, 0
+    if token_bytes is not None:  # SentencePiece and its like put a space before a text
+      self._prefix = int(token_bytes[self.encode('a')].sum() == 2)
 
   def encode(self, text: bytes | str) -> np.ndarray:
     """uint16 or int32 ids [n] of a text, without `end`. Bad UTF-8 and lone surrogates become U+FFFD."""
@@ -65,7 +70,15 @@ class PretrainedTokenizer:
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`; `end` and other special tokens are dropped, an id that the tokenizer has not is U+FFFD."""
     runs = itertools.groupby((int(i) for i in ids if i != self.end), lambda i: 0 <= i < self.size)
-    return ''.join(self._decode(list(run)) if known else '\ufffd' * sum(1 for _ in run) for known, run in runs)
+    return ''.join(self._decode([list(run)])[0] if known else '\ufffd' * sum(1 for _ in run) for known, run in runs)
+
+  def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+    """What came back of each text; ids are below `size`."""
+    return self._decode([ids[ids != self.unknown].tolist() if self.unknown is not None else ids.tolist() for ids in batch])
+
+  def text_bytes(self, ids: np.ndarray) -> int:
+    """Bytes of UTF-8 that `ids` [n] stand for; -1 where only decoding would tell."""
+    return -1 if self._token_bytes is None else int(self._token_bytes[ids].sum()) - self._prefix
 
 
 def cut(text: str) -> Iterable[str]:
@@ -157,7 +170,8 @@ def _hugging_face(raw: bytes, named: str) -> PretrainedTokenizer:
 
   identity = _identity('tokenizer.json', raw, hiding, ids[end], ids.get(usual))
   never = {ids[name] for name in hidden | {end}} - {unknown}
-  made = PretrainedTokenizer(identity, max(ids.values()) + 1, ids[end], never, unknown, encode, found.decode)
+  made = PretrainedTokenizer(identity, max(ids.values()) + 1, ids[end], never, unknown, encode, found.decode_batch,
+                            special.bytes_in_json(content, ids, never | {unknown}))
   _try(made, end, sorted(hidden | {end}))
   return made
 
@@ -198,6 +212,8 @@ def _sentencepiece(raw: bytes, named: str) -> PretrainedTokenizer:
 
   never = {i for i in range(len(pieces)) if found.is_control(i)} | {end}
   identity = _identity('sentencepiece', raw, hiding, end, usual)
-  made = PretrainedTokenizer(identity, found.get_piece_size(), end, never, found.unk_id(), encode, found.decode)
+  made = PretrainedTokenizer(identity, found.get_piece_size(), end, never, found.unk_id(), encode, found.decode,
+                            np.array([0 if i in never or found.is_unknown(i) else special.piece_bytes(piece, found.is_byte(i))
+                                      for piece, i in pieces.items()]))
   _try(made, name, [found_name for found_name, i in pieces.items() if i in never])
   return made

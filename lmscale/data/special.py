@@ -8,8 +8,10 @@ ids, and merges into them are left out. The other ids of a text stay what they w
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from lmscale.errors import ConfigError
 
@@ -115,3 +117,24 @@ def _byte_letters(content: dict[str, Any]) -> list[str]:
     return []
   from tokenizers import pre_tokenizers
   return pre_tokenizers.ByteLevel.alphabet()
+
+
+def bytes_in_json(content: dict[str, Any], ids: Mapping[str, int], none: Container[int]) -> np.ndarray | None:
+  """int [ids]: how many bytes of text each token of a tokenizer.json stands for, 0 for the ids `none`; None where the
+  decoder adds or takes away what depends on the neighbours."""
+  letters = set(_byte_letters(content))
+  if not letters and '"\\u2581"' not in json.dumps(content.get('decoder')):
+    return None
+  added = {token['content'] for token in content.get('added_tokens') or ()}
+  fallback = content['model'].get('byte_fallback')
+  sizes = np.zeros(max(ids.values()) + 1, np.int64)
+  for name, i in ids.items():
+    if i not in none:
+      by_letter = letters and name not in added
+      sizes[i] = len(name) if by_letter else piece_bytes(name, bool(fallback) and name in BYTES)
+  return sizes
+
+
+def piece_bytes(piece: str, is_byte: bool) -> int:
+  """Bytes of text that a piece stands for in which a lower bar is a space."""
+  return 1 if is_byte else len(piece.replace('\u2581', ' ').encode())

@@ -30,6 +30,12 @@ class Tokenizer(Protocol):
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`. `end` and other special tokens are dropped; an id that is not 0 .. size - 1 becomes U+FFFD."""
 
+  def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+    """What came back of each text: `decode`, faster, and without a mark for what the tokenizer did not know."""
+
+  def text_bytes(self, ids: np.ndarray) -> int:
+    """Bytes of UTF-8 that `ids` [n] stand for; -1 where only decoding would tell."""
+
 
 class ByteTokenizer:
   """UTF-8 bytes are ids 0..255; 256 ends a document."""
@@ -54,6 +60,14 @@ class ByteTokenizer:
     ids = ids[ids != self.end]
     known = np.where((ids >= 0) & (ids < self.size), ids, 255)  # a byte that no UTF-8 has
     return known.astype(np.uint8).tobytes().decode('utf-8', 'replace')
+
+  def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+    """`decode` of each array of ids."""
+    return [self.decode(ids) for ids in batch]
+
+  def text_bytes(self, ids: np.ndarray) -> int:
+    """Bytes that `ids` [n] stand for."""
+    return len(ids)
 
 
 def get_tokenizer(name: str, end: str = '') -> Tokenizer:
