@@ -298,11 +298,11 @@ def other_tokenizer(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> No
   shutil.rmtree(folder / 'run')
   write_tokenizer(folder, 'abc')
   assert tiny('--config.data.tokenizer=tokenizer.json', '--config.model.vocab=300') == 0
-  write_tokenizer(folder, 'abd')
+  write_tokenizer(folder, 'bac')
 
 
 def write_tokenizer(folder: pathlib.Path, letters: str) -> None:
-  vocab = {c: i for i, c in enumerate([*letters, '<unk>', '</s>'])}
+  vocab = {c: i for i, c in enumerate([*dict.fromkeys(letters + ''.join(sorted({*TEXT}))), '<unk>', '</s>'])}
   special = [{'id': vocab['</s>'], 'content': '</s>', 'special': True, 'single_word': False, 'lstrip': False, 'rstrip': False,
               'normalized': False}]  # fmt: skip
   described = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': special, 'normalizer': None,
