@@ -365,7 +365,7 @@ def truncate(checkpoints: pathlib.Path) -> None:
 
 def add_nan(checkpoints: pathlib.Path) -> None:
   with Checkpointer(checkpoints) as kept:
-    tree, meta = kept.restore(fake_program.FakeProgram(TINY).abstract_canonical())
+    tree, meta = kept.restore(fake_program.FakeProgram(TINY).abstract_stored())
     tree['params']['layers']['0']['kernel'] = tree['params']['layers']['0']['kernel'].at[3, 3].set(np.nan)
     shutil.rmtree(checkpoints / '4')
   with Checkpointer(checkpoints) as kept:
@@ -377,8 +377,8 @@ def other_tree(leaf: Callable) -> Callable:
 
   def prepare(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resumable(folder, monkeypatch)
-    abstract = fake_program.FakeProgram.abstract_canonical
-    monkeypatch.setattr(Small, 'abstract_canonical', lambda self: leaf(abstract(self)))
+    abstract = fake_program.FakeProgram.abstract_stored
+    monkeypatch.setattr(Small, 'abstract_stored', lambda self: leaf(abstract(self)))
 
   return prepare
 

@@ -122,14 +122,14 @@ def our_step(config: Config, theirs: Any, tokens: np.ndarray) -> Callable[[], fl
   import jax
 
   from lmscale.interop.huggingface import load_weights
+  from lmscale.models.stacking import from_layers
   from lmscale.train.program import Program
 
   weights = {name: tensor.detach().numpy().copy() for name, tensor in theirs.state_dict().items()}
   _, params = load_weights(weights, theirs.config.to_dict())
   program = Program(config, jax.devices()[:1])
-  start = program.canonical(program.init())
-  layers = {str(i): layer for i, layer in enumerate(params['layers'])}
-  state = [program.from_canonical(start | {'params': {**params, 'layers': layers}})]
+  stacked = jax.device_put({**params, 'layers': from_layers(params['layers'], program.setup.stacking)})
+  state = [program.init().replace(params=stacked)]
   positions = np.broadcast_to(np.arange(tokens.shape[1] - 1), tokens[:, 1:].shape)
   rows = {'tokens': tokens[:, :-1], 'labels': tokens[:, 1:], 'segment_ids': np.ones_like(positions), 'positions': positions}
   batch = {name: jax.device_put(values[None].astype(np.int32)) for name, values in rows.items()}

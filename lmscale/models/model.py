@@ -2,10 +2,11 @@
 
 Parameter tree: embed/tokens [V, D] (embed/positions [S, D]), layers, final_norm/norm_scale, head/kernel [D, V] (absent
 where the head is the transposed embedding). `layers` is a list with one dict per layer in canonical form, and a tuple of
-runs (see `stack`) in memory.
+runs (see `stacking`) in memory.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,13 +14,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lmscale.config import ModelConfig
+from lmscale.kernels.cross_entropy import cross_entropy
 from lmscale.models import stack
 from lmscale.models.context import Context
 from lmscale.models.layers import RESIDUAL, empty_cache
 from lmscale.models.norms import norm
 from lmscale.models.params import ParamSpec, declared_specs, initial_value, normal
+from lmscale.models.stacking import Stack, Stacking, from_layers, make_stacking, map_stacks
 
 Params = dict[str, Any]
+# (params, of which the head is read; hidden states [b, t, d_model] behind the final norm; microbatch of [b, t]; context)
+# -> (summed loss, how many were counted): what a training run minimises the mean of.
+HeadLoss = Callable[[Params, jax.Array, dict[str, jax.Array], Context], tuple[jax.Array, jax.Array]]
 
 
 class _FinalNorm(nn.Module):
@@ -31,7 +37,8 @@ class _FinalNorm(nn.Module):
 
 
 @functools.cache
-def _outer_specs(config: ModelConfig) -> dict[str, dict[str, ParamSpec]]:
+def outer_specs(config: ModelConfig) -> dict[str, dict[str, ParamSpec]]:
+  """The parameters outside the layers: {part: {name: spec}}."""
   d = config.d_model
   embed = {'tokens': ParamSpec((config.vocab, d), ('vocab', 'embed'), normal(config.init_std))}
   if config.positions == 'learned':
@@ -44,7 +51,7 @@ def _outer_specs(config: ModelConfig) -> dict[str, dict[str, ParamSpec]]:
 
 def param_specs(config: ModelConfig) -> Params:
   """The canonical tree of ParamSpec, `layers` a list with one dict per layer. Allocates nothing."""
-  outer = _outer_specs(config)
+  outer = outer_specs(config)
   return {**outer, 'layers': [stack.layer_specs(config, kind) for kind in config.layers]}
 
 
@@ -58,27 +65,23 @@ def init_layers(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> Par
   return {**outer, 'layers': layers}
 
 
-def init_runs(config: ModelConfig, plan: stack.Plan, seed: int, dtype: Any = jnp.float32) -> Params:
-  """The same values as `init_layers`, born stacked per run."""
+def init_runs(config: ModelConfig, stacking: Stacking, seed: int, dtype: Any = jnp.float32) -> Params:
+  """The same values as `init_layers`, born stacked."""
 
-  def stacked(kind: str, indices: range) -> dict[str, jax.Array]:
-    rows = jnp.asarray(indices)
+  def stacked(place: Stack) -> dict[str, jax.Array]:
+    rows = jnp.asarray(place.layers)
     return {
       name: jax.vmap(lambda i, name=name, spec=spec: initial_value(spec, seed, i, name, dtype))(rows)
-      for name, spec in stack.layer_specs(config, kind).items()
+      for name, spec in stack.layer_specs(config, place.kind).items()
     }
 
-  runs = tuple(
-    tuple(stacked(kind, indices) for kind, indices in zip(unit, units, strict=True))
-    for (unit, _), units in zip(plan, stack.run_indices(plan), strict=True)
-  )
-  return {**_init_outer(config, seed, dtype), 'layers': runs}
+  return {**_init_outer(config, seed, dtype), 'layers': map_stacks(stacked, stacking)}
 
 
 def _init_outer(config: ModelConfig, seed: int, dtype: Any) -> Params:
   return {
     part: {name: initial_value(spec, seed, -1, f'{part}/{name}', dtype) for name, spec in specs.items()}
-    for part, specs in _outer_specs(config).items()
+    for part, specs in outer_specs(config).items()
   }
 
 
@@ -107,20 +110,20 @@ def forward(
   tokens_BT: jax.Array,
   ctx: Context,
   caches: tuple | None = None,
-  plan: stack.Plan | None = None,
+  stacking: Stacking | None = None,
   remat: str = 'none',
 ) -> tuple[jax.Array, tuple | None]:
   """Tokens to the hidden states that the head reads.
 
-  tokens: int32 [b, t]. params: canonical (then `plan` is None) or stacked by `plan`. caches: None, or `empty_caches`.
+  tokens: int32 [b, t]. params: canonical (then `stacking` is None) or stacked. caches: None, or `empty_caches`.
   Returns (hidden [b, t, d_model], caches). The compute dtype is that of the embedding.
   """
   layers = params['layers']
-  if plan is None:
-    plan = stack.make_plan(config.layers, 'unrolled')
-    layers = stack.from_layers(layers, plan)
+  if stacking is None:
+    stacking = make_stacking(config.layers, 'unrolled')
+    layers = from_layers(layers, stacking)
   x_BTD = embed(config, params['embed'], tokens_BT, ctx)
-  x_BTD, caches = stack.apply_stack(config, plan, layers, x_BTD, ctx, caches, remat)
+  x_BTD, caches = stack.apply_stack(config, stacking, layers, x_BTD, ctx, caches, remat)
   return final_norm(config, params['final_norm'], x_BTD), caches
 
 
@@ -135,11 +138,25 @@ def logits(config: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Ar
   return jnp.matmul(hidden_BTD, head_kernel(params), preferred_element_type=acc)
 
 
-def empty_caches(config: ModelConfig, plan: stack.Plan, batch: int, length: int, dtype: Any) -> tuple:
-  """Decode caches for `length` tokens, stacked like the parameters of `plan`."""
+def next_token_loss(config: ModelConfig, chunk: int) -> HeadLoss:
+  """The loss of a language model: -log p(label) summed over the labels that are not negative, in nats.
 
-  def stacked(kind: str, repeats: int) -> dict[str, jax.Array]:
-    cache = empty_cache(config, kind, batch, length, dtype)
-    return {name: jnp.broadcast_to(leaf, (repeats, *leaf.shape)) for name, leaf in cache.items()}
+  chunk: at most so many tokens have logits at a time.
+  """
 
-  return tuple(tuple(stacked(kind, repeats) for kind in unit) for unit, repeats in plan)
+  def loss(params: Params, hidden_BTD: jax.Array, batch: dict[str, jax.Array], ctx: Context) -> tuple[jax.Array, jax.Array]:
+    hidden_ND = ctx.constrain(hidden_BTD, ('batch', 'length', 'embed')).reshape(-1, config.d_model)
+    kernel_DV = ctx.constrain(head_kernel(params), ('embed', 'vocab'))
+    return cross_entropy(hidden_ND, kernel_DV, batch['labels'].reshape(-1), chunk=chunk, constrain=ctx.constrain)
+
+  return loss
+
+
+def empty_caches(config: ModelConfig, stacking: Stacking, batch: int, length: int, dtype: Any) -> tuple:
+  """Decode caches for `length` tokens, stacked like the parameters."""
+
+  def stacked(layers: Stack) -> dict[str, jax.Array]:
+    cache = empty_cache(config, layers.kind, batch, length, dtype)
+    return {name: jnp.broadcast_to(leaf, (len(layers.layers), *leaf.shape)) for name, leaf in cache.items()}
+
+  return map_stacks(stacked, stacking)

@@ -7,8 +7,10 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lmscale.config import Config
-from lmscale.models import model, stack
+from lmscale.models import model
 from lmscale.models.params import ParamSpec
+from lmscale.models.stack import layer_specs
+from lmscale.models.stacking import Stack, Stacking, map_stacks
 from lmscale.parallel.rules import Rules, partition
 
 
@@ -17,14 +19,15 @@ class LeafLayout:
   """One parameter in memory.
 
   name: of the leaf in its layer. spec: of one layer. tensor: PartitionSpec over the compiler's axes. data_dim: the dim cut
-  over `data` by ZeRO 1 to 3, None where nothing divides. All count the dims of one layer; `stacked` adds a leading one.
+  over `data` by ZeRO 1 to 3, None where nothing divides. All count the dims of one layer; a leaf of a `stack` has a leading
+  one, its rows.
   """
 
   name: str
   spec: ParamSpec
   tensor: PartitionSpec
   data_dim: int | None
-  stacked: bool
+  stack: Stack | None = None
 
   @property
   def stored(self) -> PartitionSpec:
@@ -32,12 +35,12 @@ class LeafLayout:
     dims = list(self.tensor) + [None] * (len(self.spec.shape) - len(self.tensor))
     if self.data_dim is not None:
       dims[self.data_dim] = 'data'
-    return PartitionSpec(*([None] if self.stacked else []), *dims)
+    return PartitionSpec(*self._rows, *dims)
 
   @property
   def kept(self) -> PartitionSpec:
     """How the gathered parameter is cut: by `tensor` only."""
-    return PartitionSpec(*([None] if self.stacked else []), *self.tensor)
+    return PartitionSpec(*self._rows, *self.tensor)
 
   @property
   def manual(self) -> PartitionSpec:
@@ -46,32 +49,32 @@ class LeafLayout:
 
   @property
   def stacked_data_dim(self) -> int | None:
-    return None if self.data_dim is None else self.data_dim + self.stacked
+    return None if self.data_dim is None else self.data_dim + len(self._rows)
+
+  @property
+  def _rows(self) -> tuple[None, ...]:
+    """How the rows of the stack are cut: not at all."""
+    return () if self.stack is None else (None,)
 
 
-def leaf_layout(name: str, spec: ParamSpec, config: Config, rules: Rules, stacked: bool) -> LeafLayout:
+def leaf_layout(name: str, spec: ParamSpec, config: Config, rules: Rules, stack: Stack | None = None) -> LeafLayout:
   """Cuts the largest dim that `tensor` does not use and `data` divides (the first of equals)."""
   tensor = partition(spec.axes, rules)
   data_dim = None
   if config.mesh.zero > 0 and config.mesh.data > 1:
     free = [i for i, n in enumerate(spec.shape) if tensor[i] is None and n % config.mesh.data == 0]
     data_dim = max(free, key=lambda i: spec.shape[i], default=None)
-  return LeafLayout(name, spec, tensor, data_dim, stacked)
+  return LeafLayout(name, spec, tensor, data_dim, stack)
 
 
-def make_layout(config: Config, plan: stack.Plan | None, rules: Rules) -> dict[str, Any]:
-  """The tree of LeafLayout: like the parameters stacked by `plan`, or canonical where plan is None."""
+def make_layout(config: Config, stacking: Stacking, rules: Rules) -> dict[str, Any]:
+  """The tree of LeafLayout, like the stacked parameters."""
 
-  def of(specs: dict[str, ParamSpec], stacked: bool) -> dict[str, LeafLayout]:
-    return {name: leaf_layout(name, spec, config, rules, stacked) for name, spec in specs.items()}
+  def of(specs: dict[str, ParamSpec], stack: Stack | None = None) -> dict[str, LeafLayout]:
+    return {name: leaf_layout(name, spec, config, rules, stack) for name, spec in specs.items()}
 
-  specs = model.param_specs(config.model)
-  layers = specs.pop('layers')
-  outer = {part: of(leaves, False) for part, leaves in specs.items()}
-  if plan is None:
-    return {**outer, 'layers': {str(i): of(layer, False) for i, layer in enumerate(layers)}}
-  runs = tuple(tuple(of(stack.layer_specs(config.model, kind), True) for kind in unit) for unit, _ in plan)
-  return {**outer, 'layers': runs}
+  outer = {part: of(specs) for part, specs in model.outer_specs(config.model).items()}
+  return {**outer, 'layers': map_stacks(lambda stack: of(layer_specs(config.model, stack.kind), stack), stacking)}
 
 
 def map_layout(function: Any, layout: Any, *trees: Any) -> Any:

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable
 
 from lmscale.config import Config
+from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
 from lmscale.parallel.rules import make_rules
 from lmscale.plan.activations import layer_activations, layer_working
@@ -72,8 +73,8 @@ def _stage_bytes(config: Config, stage: int, layers: range) -> dict[str, int]:
 
 def _stage_leaves(config: Config, stage: int, layers: range) -> list[list[LeafLayout]]:
   """The parameters of a stage, grouped by what is gathered together: each layer, the embedding, final norm, head."""
-  layout = make_layout(config, None, make_rules(config))
-  groups: list[dict[str, LeafLayout]] = [layout['layers'][str(i)] for i in layers]
+  layout = make_layout(config, make_stacking(config.model.layers, 'unrolled'), make_rules(config))
+  groups: list[dict[str, LeafLayout]] = [layout['layers'][i][0] for i in layers]
   first, last = stage == 0, stage == config.mesh.pipe - 1
   if first or (last and config.model.tied):
     groups.append(layout['embed'])

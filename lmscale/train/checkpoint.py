@@ -1,9 +1,13 @@
 """Checkpoints: the one file that knows Orbax.
 
-A checkpoint is a folder `<step>` with two items: `state`, the canonical tree of sharded arrays, and `meta`, JSON. Orbax
-makes it appear atomically: a process killed while writing leaves a temporary folder that nobody reads. Two things that
-Orbax does not do are done here. It casts to the dtype that is asked for, so names, shapes and dtypes are compared with
-what is stored before anything is read. And it does not notice flipped bits, so `meta` carries a checksum per array.
+A checkpoint is a folder `<step>` with two items: `state`, the sharded arrays as they lie in memory, and `meta`, JSON with the
+index of their rows (see `stored`). A save never transforms; a restore with the same stacking goes straight into place, with
+another it permutes rows, one group of stacks at a time, so that its peak is the state and twice the largest group.
+
+Orbax makes a checkpoint appear atomically: a process killed while writing leaves a temporary folder that nobody reads. Two
+things that Orbax does not do are done here. It casts to the dtype that is asked for, so names, shapes and dtypes are
+compared with what is stored before anything is read. And it does not notice flipped bits, so `meta` carries a checksum per
+array, or per row of a stack.
 """
 
 import contextlib
@@ -16,15 +20,19 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import multihost
 
 from lmscale import processes as distributed
 from lmscale.errors import ConfigError
+from lmscale.train import stored
+from lmscale.train.stored import Index
 
-FORMAT = 2  # raise when older code could not read what is written; 2: with the norms of the last steps
+FORMAT = 3  # raise when older code could not read what is written; 3: arrays as they lie in memory, and an index
+READABLE = (1, 2, 3)  # 1 and 2: one array per layer
+ADDED = {1: ('spikes', 'norms')}  # what the state did not have in a format
+CHUNK = 2**20  # bytes: a larger row is a chunk of its own in the file, so that one layer can be read alone
 SHOWN = 6  # differences named in an error
 ANNOTATIONS = re.compile(r" \[\w+( \w+)*='.*")  # of TensorStore, behind the reason: error codes, specs of thousands of characters
 
@@ -34,7 +42,7 @@ class DamagedCheckpoint(Exception):
 
 
 class Checkpointer:
-  """Saves and restores canonical trees in `folder`; keeps the newest `keep`. Call from every process.
+  """Saves and restores trees in `folder` (nested dicts of arrays, see `stored`); keeps the newest `keep`. Call from every process.
 
   read_only: for the checkpoints of another run, which may be going on: nothing there is changed or removed.
 
@@ -51,7 +59,7 @@ class Checkpointer:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only
       ),
-      item_handlers={'state': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()},
+      item_handlers={'state': ocp.PyTreeCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()},
     )
 
   def __enter__(self) -> Self:
@@ -72,11 +80,12 @@ class Checkpointer:
     """The newest of `steps`, or None."""
     return max(self.steps(), default=None)
 
-  def save(self, step: int, tree: Any, meta: dict[str, Any], wait: bool = False) -> None:
-    """Stores `tree` (nested dicts of arrays) and `meta` (JSON values) as checkpoint `step`; once only per step.
+  def save(self, step: int, tree: Any, meta: dict[str, Any], wait: bool = False, index: Index | None = None) -> None:
+    """Stores `tree` and `meta` (JSON values) as checkpoint `step`; once only per step. index: of the stacks in `tree`.
 
-    Returns when the arrays are copied off the devices; they are on disk after `wait` or the next save. Write whatever
-    must not be newer than the checkpoint, such as the log, before calling this.
+    Returns when the arrays are copied off the devices; they are on disk after `wait` or the next save, and may be donated
+    at once. (A CPU's memory is not copied: there Orbax holds the arrays themselves, and a step to which they are donated
+    takes others.) Write whatever must not be newer than the checkpoint, such as the log, before calling this.
 
     Raises:
       ConfigError: this or the previous, asynchronous save failed (a full disk, for example).
@@ -84,17 +93,22 @@ class Checkpointer:
     with self._writing():
       self._set_bad_aside()
       if step not in self._manager.all_steps():
-        stored = {'format': FORMAT, 'user': meta, 'checksums': checksums(tree)}
-        stored['digest'] = _digest(stored)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(stored))
+        index = index or {}
+        about = {'format': FORMAT, 'user': meta, 'index': stored.to_json(index), 'checksums': stored.checksums(tree, index)}
+        about['digest'] = _digest(about)
+        state = ocp.args.PyTreeSave(tree, save_args=_save_args(tree, index))
+        args = ocp.args.Composite(state=state, meta=ocp.args.JsonSave(about))
         self._manager.save(step, args=args, force=True)
     if wait:
       self.wait()
 
-  def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+  def restore(
+    self, abstract: Any, step: int | None = None, index: Index | None = None
+  ) -> tuple[Any, dict[str, Any]]:
     """(tree, meta) of checkpoint `step`, or of the newest that is whole, on the shardings of `abstract`.
 
-    abstract: nested dicts of `jax.ShapeDtypeStruct` with shardings, on any mesh. Without `step`, a damaged checkpoint
+    abstract: nested dicts of `jax.ShapeDtypeStruct` with shardings, on any mesh, stacked as `index` says; what is stored may
+    be stacked in another way. A top-level entry that is not asked for is not read. Without `step`, a damaged checkpoint
     is passed over with a warning; the next save moves its folder to `<step>.damaged`. Of several processes all must find
     it damaged; where one cannot read its part, that is an error.
 
@@ -105,7 +119,7 @@ class Checkpointer:
     wanted = self.steps()[::-1] if step is None else [step]
     for candidate in wanted:
       try:
-        return self._restore(candidate, abstract)
+        return self._restore(candidate, abstract, index or {})
       except DamagedCheckpoint as damage:
         if step is not None:
           raise ConfigError(f'checkpoint {self.folder / str(step)} is damaged: {damage}') from damage
@@ -139,32 +153,25 @@ class Checkpointer:
         f'from there ({_first_line(error)})'
       ) from error
 
-  def _restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+  def _restore(self, step: int, abstract: Any, index: Index) -> tuple[Any, dict[str, Any]]:
+    about = self._about(step)
+    source = about['index']
+    asked = stored.named({name: part for name, part in abstract.items() if name not in ADDED.get(about['format'], ())})
     try:
-      about = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-      meta, expected, version = about['user'], about['checksums'], about.get('format', 1)
-      digest = about.pop('digest', None)
-    except Exception as error:  # Orbax has no common type for what a damaged file raises
-      raise DamagedCheckpoint(_first_line(error)) from error
-    if digest not in (None, _digest(about)):
-      raise DamagedCheckpoint('its metadata has changed')
-    if version != FORMAT:
-      advice = 'update it' if version > FORMAT else 'go on with the older version that wrote it'
-      raise ConfigError(
-        f'checkpoint {self.folder / str(step)} has format {version}, this version of lmscale reads format {FORMAT}; '
-        f'{advice}, or give another --workdir'
-      )
-    try:
-      metadata = self._manager.item_metadata(step).state
-      found = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _named(metadata.tree).items()}
+      tree = self._manager.item_metadata(step).state.tree
+      found = stored.named({name: part for name, part in tree.items() if name in abstract})
+      rows = _rows(found, source)
     except Exception as error:
       raise DamagedCheckpoint(_first_line(error)) from error
-    asked = {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in _named(abstract).items()}
-    if differences := _differences(found, asked):
+    if differences := _differences(rows, _rows(asked, index)):
       raise ConfigError(f'checkpoint {self.folder / str(step)} does not fit the model: {differences}')
+    straight = {path for path in asked if path in found and index.get(_parent(path)) == source.get(_parent(path))}
+    moves = stored.moves(asked.keys() - straight, index, found, source)
     try:
-      tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
-      facts = _facts(tree)
+      leaves = self._read(step, {path: asked[path] for path in straight})
+      for move in moves:
+        leaves |= self._moved(step, move, asked, found, source)
+      facts = stored.facts(stored.nested(leaves), index)
     except Exception as error:
       if distributed.count() > 1:  # perhaps of this one only: then the others wait for it, and cannot go back with it
         raise ConfigError(
@@ -172,11 +179,53 @@ class Checkpointer:
           'folder away to go on from the one before'
         ) from error
       raise DamagedCheckpoint(_first_line(error)) from error
-    if wrong := [name for name, (checksum, _) in facts.items() if expected.get(name) != checksum]:
+    if wrong := [name for name, (checksum, _) in facts.items() if about['checksums'].get(name) != checksum]:
       raise DamagedCheckpoint(f'checksum of {", ".join(wrong[:SHOWN])} differs')
     if wrong := [name for name, (_, finite) in facts.items() if not finite]:
       raise DamagedCheckpoint(f'{", ".join(wrong[:SHOWN])} holds NaN or infinity')
-    return tree, meta
+    return stored.nested({path: leaves[path] for path in asked}), about['user']
+
+  def _about(self, step: int) -> dict[str, Any]:
+    """What is written about a checkpoint: format, user, index, checksums."""
+    try:
+      about = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+      version, digest = about.get('format', 1), about.pop('digest', None)
+      known = {'format': version, 'user': about['user'], 'checksums': about['checksums']}
+      known['index'] = stored.from_json(about.get('index', {}))
+    except Exception as error:  # Orbax has no common type for what a damaged file raises
+      raise DamagedCheckpoint(_first_line(error)) from error
+    if digest not in (None, _digest(about)):
+      raise DamagedCheckpoint('its metadata has changed')
+    if version not in READABLE:
+      raise ConfigError(
+        f'checkpoint {self.folder / str(step)} has format {version}, this version of lmscale reads up to {FORMAT}; '
+        'update it, or give another --workdir'
+      )
+    return known
+
+  def _read(self, step: int, asked: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Some arrays of a checkpoint as they were written, by path."""
+    if not asked:
+      return {}
+    tree = stored.nested(asked)
+    how = ocp.checkpoint_utils.construct_restore_args(tree)
+    args = ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
+    return stored.named(self._manager.restore(step, args=ocp.args.Composite(state=args)).state)
+
+  def _moved(
+    self, step: int, move: stored.Move, asked: dict[str, Any], found: dict[str, Any], source: Index
+  ) -> dict[str, jax.Array]:
+    """The targets of a move, made of its sources, which are let go."""
+    like = asked[move.targets[0]]
+    arrays = self._read(step, {
+      path: jax.ShapeDtypeStruct(
+        tuple(found[path].shape), like.dtype, sharding=stored.row_sharding(like, stored.is_stacked(path, source))
+      )
+      for path in move.sources
+    })  # fmt: skip
+    take = stored.make_taker(move.places, tuple(asked[path].sharding for path in move.targets))
+    made = jax.block_until_ready(take([arrays[path] for path in move.sources]))
+    return dict(zip(move.targets, made, strict=True))
 
   def _set_bad_aside(self) -> None:
     """Renames damaged checkpoints, so that their steps can be saved again and nothing is lost."""
@@ -203,47 +252,37 @@ def _check_metadata(folder: pathlib.Path) -> None:
       pass
 
 
-def checksums(tree: Any) -> dict[str, int]:
-  """A checksum per array, by its name `a/b/c`: equal on every mesh. Blocks until the arrays are there."""
-  return {name: checksum for name, (checksum, _) in _facts(tree).items()}
+def _save_args(tree: Any, index: Index) -> Any:
+  """One chunk per row of a stack where rows are large."""
+
+  def one(leaf: jax.Array, stacked: bool) -> ocp.SaveArgs:
+    row = leaf.nbytes // max(leaf.shape[0], 1) if stacked else 0
+    return ocp.SaveArgs(chunk_byte_size=row, shard_axes=(0,)) if row >= CHUNK else ocp.SaveArgs()
+
+  return stored.nested({path: one(leaf, stored.is_stacked(path, index)) for path, leaf in stored.named(tree).items()})
 
 
-def _facts(tree: Any) -> dict[str, tuple[int, bool]]:
-  """(checksum, whether every number is finite) per array."""
-  groups: dict[str, dict[str, jax.Array]] = {}
-  for name, leaf in _named(tree).items():
-    groups.setdefault(name.rpartition('/')[0], {})[name.rpartition('/')[2]] = leaf
-  found = {}
-  for parent, leaves in groups.items():
-    # One program at a time: programs with collectives that do not depend on each other deadlock on emulated devices.
-    # One per layer: layers of a kind share a compiled one.
-    facts = jax.device_get(_layer_facts(leaves))
-    found |= {f'{parent}/{name}'.lstrip('/'): (int(bits), bool(finite)) for name, (bits, finite) in facts.items()}
-  return found
+def _rows(leaves: dict[str, Any], index: Index) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """{canonical name: (shape, dtype)} of every row."""
+  rows = {}
+  for path, leaf in leaves.items():
+    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    names = stored.canonical_names(path, index)
+    if stored.is_stacked(path, index):
+      if shape[:1] != (len(names),):
+        raise ValueError(f'{path} of shape {list(shape)} is no stack of {len(names)} layers')
+      shape = shape[1:]
+    rows |= dict.fromkeys(names, (shape, dtype))
+  return rows
 
 
-@jax.jit
-def _layer_facts(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """The sums of the arrays' bits as unsigned words, modulo 2^32: any single bit changes its array's. And is it finite."""
-
-  def one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    finite = jnp.all(jnp.isfinite(x))
-    if x.dtype == bool:
-      x = x.astype(jnp.uint8)
-    words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    return jnp.sum(jax.lax.bitcast_convert_type(x, words), dtype=jnp.uint32), finite
-
-  return {name: one(x) for name, x in leaves.items()}
+def _parent(path: str) -> str:
+  return path.rpartition('/')[0]
 
 
 def _digest(values: dict[str, Any]) -> str:
   """Of JSON values, whatever the order of keys."""
   return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _named(tree: Any) -> dict[str, Any]:
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {'/'.join(str(getattr(key, 'key', key)) for key in path): leaf for path, leaf in leaves}
 
 
 def _differences(found: dict[str, Any], asked: dict[str, Any]) -> str:

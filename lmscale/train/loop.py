@@ -106,12 +106,11 @@ def _begin(
   A new run starts from the parameters of train.init_from where that is given (continued pre-training), else from the seed.
   """
   if checkpoints.latest() is None:
-    fresh = program.init()
-    return (_with_parameters_of(config.train.init_from, program, fresh) if config.train.init_from else fresh), 0
+    return (_with_parameters_of(config.train.init_from, program) if config.train.init_from else program.init()), 0
   with goodput.spent_on('restore'):
-    tree, meta = checkpoints.restore(program.abstract_canonical())
+    tree, meta = checkpoints.restore(program.abstract_stored(), index=program.index)
     check_identity(meta['data'], _identity(loader), workdir.path)
-    return program.from_canonical(tree), meta['step']
+    return program.from_stored(tree), meta['step']
 
 
 def initial_checkpoints(folder: str) -> pathlib.Path:
@@ -124,11 +123,12 @@ def initial_checkpoints(folder: str) -> pathlib.Path:
   return path
 
 
-def _with_parameters_of(folder: str, program: Any, fresh: Any) -> Any:
-  """The fresh state with the parameters of the newest checkpoint of another run of the same model."""
+def _with_parameters_of(folder: str, program: Any) -> Any:
+  """A fresh state with the parameters of the newest checkpoint of another run of the same model."""
+  fresh = program.init().replace(params=None)  # let go, so that there are never two copies of the parameters
   with Checkpointer(initial_checkpoints(folder), read_only=True) as other:
-    tree, _ = other.restore(program.abstract_canonical())
-  return program.from_canonical({**program.canonical(fresh), 'params': tree['params']})
+    tree, _ = other.restore({'params': program.abstract_stored()['params']}, index=program.index)
+  return fresh.replace(params=program.params_from_stored(tree['params']))
 
 
 @dataclasses.dataclass
@@ -265,7 +265,7 @@ class Run:
     meta = {'step': plan.step + 1, 'samples': samples, 'tokens': samples * self.config.train.seq_len}
     meta |= {'data': _identity(self.loader)}
     with self.goodput.spent_on('saving'):
-      self.checkpoints.save(plan.step + 1, self.program.canonical(state), meta, wait)
+      self.checkpoints.save(plan.step + 1, self.program.stored(state), meta, wait, self.program.index)
 
   def stopped(self, done: int) -> int:
     """Says how an interrupted run ended."""

@@ -5,32 +5,30 @@ Everything that touches devices is behind `Program`; the loop sees states, batch
 
 import contextlib
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from lmscale import processes as distributed
 from lmscale.batch import ROWS
 from lmscale.config import Config
-from lmscale.generate.sample import make_generate
-from lmscale.models import model, stack
-from lmscale.parallel.layout import make_layout, map_layout
-from lmscale.parallel.mesh import MANUAL, make_mesh
-from lmscale.parallel.rules import make_rules
+from lmscale.generate.sample import make_compute_copy, make_generate
+from lmscale.models import model
+from lmscale.parallel.feed import Feed, Rows
+from lmscale.parallel.gradients import make_evaluate, make_gradients
+from lmscale.parallel.layout import map_layout
+from lmscale.parallel.mesh import make_mesh
+from lmscale.parallel.setup import make_setup
+from lmscale.train.optimizer import decays, make_optimizer
 from lmscale.train.schedule import StepPlan
 from lmscale.train.spikes import no_norms
 from lmscale.train.state import BOOKKEEPING, TrainState
-from lmscale.train.step import make_evaluate, make_step, make_step_plan
-
-
-class Rows(Protocol):
-  """What the program needs of a loader: samples first_sample + rows as int32 arrays [rows, seq_len]."""
-
-  def batch(self, first_sample: int, rows: range) -> dict[str, np.ndarray]: ...
+from lmscale.train.step import make_step
+from lmscale.train.stored import Index
 
 
 class Program:
@@ -39,22 +37,21 @@ class Program:
   def __init__(self, config: Config, devices: list[jax.Device] | None = None):
     self.config = config
     self.mesh = make_mesh(config.mesh, devices)
+    self.setup = make_setup(config, self.mesh)
+    self._tx = make_optimizer(config.optimizer, map_layout(lambda leaf: decays(leaf.name, leaf.spec.shape), self.setup.layout))
+    self._feed = Feed(config, self.mesh)
     self._emulated = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == 'cpu'
-    self._plan = make_step_plan(config, self.mesh)
     self._programs: dict[Any, Any] = {}
-    self._whole = NamedSharding(self.mesh, PartitionSpec())
-    self._rows = NamedSharding(self.mesh, PartitionSpec(None, 'data'))
-    self._params = map_layout(lambda leaf: NamedSharding(self.mesh, leaf.stored), self._plan.layout)
-    self._state = self._state_shardings()
-    self._step = jax.jit(
-      make_step(self._plan), donate_argnums=0, out_shardings=(self._state, self._whole)
-    )
-    self._evaluate = jax.jit(make_evaluate(self._plan), out_shardings=self._whole)
+    loss, whole = model.next_token_loss(config.model, config.train.loss_chunk), self._feed.whole
+    step = make_step(config, self._tx, make_gradients(self.setup, loss))
+    self._step = jax.jit(step, donate_argnums=0, out_shardings=(self._state, whole))
+    self._evaluate = jax.jit(make_evaluate(self.setup, loss), out_shardings=whole)
+    self._compute_copy = jax.jit(make_compute_copy(self.setup))
 
   @property
   def rows_per_microbatch(self) -> int:
     """Sequences of one microbatch over all data ranks."""
-    return self.config.train.microbatch * self.config.mesh.data
+    return self._feed.rows_per_microbatch
 
   def init(self) -> TrainState:
     """The state before the first step, born on the mesh. Equal for every mesh."""
@@ -66,54 +63,81 @@ class Program:
 
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
-    return self._abstract(jax.eval_shape(self._fresh), self._state)
+    shapes = jax.eval_shape(self._fresh)
+    return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, self._state)
 
   def lower_step(self, platform: str | None = None) -> Any:
     """The step lowered from shapes alone; `.compile()` it to read its text or its memory.
 
     platform: 'cuda' or 'tpu' instead of the devices at hand; its text can then be read, but not compiled here.
     """
-    shape = (self.config.train.batch // self.rows_per_microbatch, self.rows_per_microbatch, self.config.train.seq_len)
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows) for name in ROWS}
-    batch['microbatches'] = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._whole)
-    batch['learning_rate'] = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._whole)
+    shape = self._feed.shape(self.config.train.batch // self.rows_per_microbatch)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._feed.rows) for name in ROWS}
+    batch['microbatches'] = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._feed.whole)
+    batch['learning_rate'] = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._feed.whole)
     with jax.set_mesh(self.mesh), self._precision():
       traced = self._step.trace(self.abstract_state(), batch)
       return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
 
   def batch(self, plan: StepPlan, loader: Rows) -> dict[str, jax.Array]:
-    """The device batch of a step; a process reads only the rows that its devices hold."""
-    arrays = self._put(loader, plan.first_sample, plan.batch, self.config.train.batch // self.rows_per_microbatch)
-    arrays['learning_rate'] = self._scalar(np.float32(plan.learning_rate))
-    return arrays
+    """The device batch of a step."""
+    batch = self._feed.put(loader, plan.first_sample, plan.batch, self.config.train.batch // self.rows_per_microbatch)
+    return batch | {'learning_rate': self._feed.scalar(np.float32(plan.learning_rate))}
 
   def evaluate(self, state: TrainState, loader: Rows, samples: int) -> tuple[float, int]:
     """Mean loss in nats per counted token, and the count, over samples 0..samples-1 of `loader`."""
     loss, count = 0.0, 0
     for first in range(0, samples, self.rows_per_microbatch):
       rows = min(self.rows_per_microbatch, samples - first)
-      part = self._run(self._evaluate, state.params, self._put(loader, first, rows, 1))
+      part = self._run(self._evaluate, state.params, self._feed.put(loader, first, rows, 1))
       loss, count = loss + float(part[0]), count + int(part[1])
     return loss / max(count, 1), count
 
-  def generate(self, state: TrainState, prompt: list[int], steps: int, temperature: float, seed: int) -> list[int]:
-    """`steps` tokens after `prompt`; temperature 0 is greedy."""
-    generate = self._generate(len(prompt), steps, temperature)
-    tokens = self._run(generate, state.params, jnp.asarray([prompt], jnp.int32), jax.random.key(seed))
+  def generate(
+    self, state: TrainState, prompt: list[int], steps: int, temperature: float, seed: int, ids: int | None = None
+  ) -> list[int]:
+    """`steps` tokens after `prompt`, all below `ids` (the tokenizer's size); temperature 0 is greedy."""
+    generate = self._generate(len(prompt), steps, temperature, ids)
+    params = self._run(self._compute_copy, state.params)
+    tokens = self._run(generate, params, jnp.asarray([prompt], jnp.int32), jax.random.key(seed))
     return np.asarray(tokens)[0].tolist()
 
-  def canonical(self, state: TrainState) -> dict[str, Any]:
-    """The state as it is stored: parameters and moments per layer, in canonical order."""
-    return self._run(self._unstack, state)
+  @functools.cached_property
+  def index(self) -> Index:
+    """Which layer lies in which row of `stored`, see `train.stored`."""
+    trees = ('params', 'opt/mu', 'opt/nu')
+    places = [(i, j, stack) for i, run in enumerate(self.setup.stacking) for j, stack in enumerate(run)]
+    return {f'{tree}/layers/{i}/{j}': stack for tree in trees for i, j, stack in places}
 
-  def abstract_canonical(self) -> dict[str, Any]:
-    """Shapes, dtypes and this mesh's shardings of `canonical`, for a restore."""
-    shapes = jax.eval_shape(lambda: self._to_canonical(self._fresh()))
-    return self._abstract(shapes, self._canonical_shardings)
+  def stored(self, state: TrainState) -> dict[str, Any]:
+    """The state as it is stored: the same arrays in nested dicts."""
 
-  def from_canonical(self, tree: dict[str, Any]) -> TrainState:
-    """Inverse of `canonical`."""
-    return self._run(self._restack, tree)
+    def dicts(tree: Any) -> Any:
+      return {**tree, 'layers': {str(i): {str(j): p for j, p in enumerate(run)} for i, run in enumerate(tree['layers'])}}
+
+    opt = {name: dicts(optax.tree_utils.tree_get(state.opt_state, name)) for name in ('mu', 'nu')}
+    opt['count'] = optax.tree_utils.tree_get(state.opt_state, 'count')
+    return {'params': dicts(state.params), 'opt': opt, **{name: getattr(state, name) for name in BOOKKEEPING}}
+
+  def abstract_stored(self) -> dict[str, Any]:
+    """Shapes, dtypes and this mesh's shardings of `stored`, for a restore."""
+    return self.stored(self.abstract_state())
+
+  def from_stored(self, tree: dict[str, Any]) -> TrainState:
+    """Inverse of `stored`. What an older format does not hold starts afresh."""
+    params = self.params_from_stored(tree['params'])
+    moments = {name: self.params_from_stored(tree['opt'][name]) for name in ('mu', 'nu')}
+    structure = jax.eval_shape(self._fresh)
+    opt_state = optax.tree_utils.tree_set(structure.opt_state, count=tree['opt']['count'], **moments)
+    kept = {name: tree[name] for name in BOOKKEEPING if name in tree}
+    fresh = {'spikes': np.int32(0), 'norms': np.asarray(no_norms())}
+    kept |= {name: jax.device_put(value, self._feed.whole) for name, value in fresh.items() if name not in kept}
+    return TrainState(params=params, opt_state=opt_state, **kept)
+
+  def params_from_stored(self, tree: dict[str, Any]) -> Any:
+    """The parameters of a state from their part of `stored`."""
+    layers = tuple(tuple(tree['layers'][str(i)][str(j)] for j in range(len(run))) for i, run in enumerate(self.setup.stacking))
+    return {**tree, 'layers': layers}
 
   def _run(self, function: Any, *args: Any) -> Any:
     with jax.set_mesh(self.mesh), self._precision():
@@ -136,102 +160,27 @@ class Program:
 
   def _precision(self) -> contextlib.AbstractContextManager:
     """float32 means float32: accelerators would otherwise multiply it in TF32 or bfloat16."""
-    return contextlib.nullcontext() if self._plan.dtype == jnp.bfloat16 else jax.default_matmul_precision('highest')
+    return contextlib.nullcontext() if self.setup.dtype == jnp.bfloat16 else jax.default_matmul_precision('highest')
 
   def _fresh(self) -> TrainState:
-    plan = self._plan
-    params = model.init_runs(self.config.model, plan.runs, self.config.seed, plan.master_dtype)
+    params = model.init_runs(self.config.model, self.setup.stacking, self.config.seed, self.setup.master_dtype)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-      params=params, opt_state=plan.tx.init(params), step=zero, skipped=zero, spikes=zero, norms=no_norms()
-    )
+    return TrainState(params, self._tx.init(params), step=zero, skipped=zero, spikes=zero, norms=no_norms())
 
-  def _state_shardings(self) -> TrainState:
-    abstract = jax.eval_shape(self._fresh)
+  @functools.cached_property
+  def _state(self) -> TrainState:
+    """The shardings of the state."""
+    whole = self._feed.whole
+    params = map_layout(lambda leaf: NamedSharding(self.mesh, leaf.stored), self.setup.layout)
     opt_state = optax.tree_utils.tree_map_params(
-      self._plan.tx,
+      self._tx,
       lambda _, sharding: sharding,
-      abstract.opt_state,
-      self._params,
-      transform_non_params=lambda _: self._whole,
+      jax.eval_shape(self._fresh).opt_state,
+      params,
+      transform_non_params=lambda _: whole,
     )
-    return TrainState(params=self._params, opt_state=opt_state, **dict.fromkeys(BOOKKEEPING, self._whole))
-
-  @functools.cached_property
-  def _unstack(self) -> Any:
-    return jax.jit(self._to_canonical, out_shardings=self._canonical_shardings)
-
-  @functools.cached_property
-  def _restack(self) -> Any:
-    return jax.jit(self._from_canonical, out_shardings=self._state)
-
-  @functools.cached_property
-  def _canonical_shardings(self) -> dict[str, Any]:
-    layout = make_layout(self.config, None, make_rules(self.config))
-    params = map_layout(lambda leaf: NamedSharding(self.mesh, leaf.stored), layout)
-    opt = {'mu': params, 'nu': params, 'count': self._whole}
-    return {'params': params, 'opt': opt, **dict.fromkeys(BOOKKEEPING, self._whole)}
-
-  def _to_canonical(self, state: TrainState) -> dict[str, Any]:
-    def unstack(tree: Any) -> Any:
-      layers = stack.to_layers(tree['layers'], self._plan.runs)
-      return {**tree, 'layers': {str(i): layer for i, layer in enumerate(layers)}}
-
-    opt = {name: unstack(optax.tree_utils.tree_get(state.opt_state, name)) for name in ('mu', 'nu')}
-    opt['count'] = optax.tree_utils.tree_get(state.opt_state, 'count')
-    tree = {'params': unstack(state.params), 'opt': opt, **{name: getattr(state, name) for name in BOOKKEEPING}}
-    # Without the copy, jit hands leaves that it does not change through as the same buffers; the next step then waits,
-    # holding them as donated, for a checkpoint that is still reading them.
-    return jax.tree.map(jnp.copy, tree)
-
-  def _from_canonical(self, tree: dict[str, Any]) -> TrainState:
-    def restack(canonical: Any) -> Any:
-      layers = [canonical['layers'][str(i)] for i in range(len(canonical['layers']))]
-      return {**canonical, 'layers': stack.from_layers(layers, self._plan.runs)}
-
-    params = restack(tree['params'])
-    opt = {name: restack(tree['opt'][name]) for name in ('mu', 'nu')}
-    opt_state = optax.tree_utils.tree_set(self._plan.tx.init(params), count=tree['opt']['count'], **opt)
-    return TrainState(params=params, opt_state=opt_state, **{name: tree[name] for name in BOOKKEEPING})
-
-  def _abstract(self, shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
-
-  def _put(self, loader: Rows, first_sample: int, rows: int, microbatches: int) -> dict[str, jax.Array]:
-    per = self.rows_per_microbatch
-    shape = (microbatches, per, self.config.train.seq_len)
-    host = {name: np.zeros((microbatches * per, shape[2]), np.int32) for name in ROWS}
-    host['labels'][:] = -1
-    for wanted in self._local_rows(per, rows):
-      for name, values in loader.batch(first_sample, wanted).items():
-        host[name][wanted.start : wanted.stop] = values
-    arrays = {
-      name: jax.make_array_from_callback(shape, self._rows, lambda index, name=name: host[name].reshape(shape)[index])
-      for name in ROWS
-    }
-    used = -(-rows // per)
-    arrays['microbatches'] = self._scalar(np.int32(used))
-    return arrays
-
-  def _scalar(self, value: np.generic) -> jax.Array:
-    """On every device. `device_put` would compare the processes' values, in a collective."""
-    return jax.make_array_from_callback((), self._whole, lambda _: np.asarray(value))
-
-  def _local_rows(self, per: int, rows: int) -> list[range]:
-    """The rows of a batch that this process's devices hold, as ranges."""
-    slices = {index[1].indices(per)[:2] for index in self._rows.addressable_devices_indices_map((1, per, 1)).values()}
-    start, stop = min(s for s, _ in slices), max(s for _, s in slices)
-    if (start, stop) == (0, per):
-      return [range(rows)]
-    ranges = [range(i + s, min(i + e, rows)) for i in range(0, rows, per) for s, e in sorted(slices)]
-    return [r for r in ranges if len(r)]
+    return TrainState(params=params, opt_state=opt_state, **dict.fromkeys(BOOKKEEPING, whole))
 
   @functools.cache  # noqa: B019 (a program lives as long as its run)
-  def _generate(self, prompt: int, steps: int, temperature: float) -> Any:
-    generate = make_generate(self.config, self._plan.runs, self._plan.dtype, prompt, steps, temperature)
-    whole = PartitionSpec()
-    return jax.jit(
-      jax.shard_map(
-        generate, mesh=self.mesh, in_specs=whole, out_specs=whole, axis_names=set(MANUAL), check_vma=False
-      )
-    )
+  def _generate(self, prompt: int, steps: int, temperature: float, ids: int | None) -> Any:
+    return jax.jit(make_generate(self.setup, prompt, steps, temperature, ids))

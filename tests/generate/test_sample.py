@@ -10,6 +10,7 @@ from lmscale.config import MeshConfig
 from lmscale.models import model
 from lmscale.models.context import plain_context
 from lmscale.train.program import Program
+from lmscale.train.stored import canonical
 
 MESHES = {'one': MeshConfig(1, 1, 1, 0), 'mesh': MeshConfig(1, 4, 2, 3), 'cut groups': MeshConfig(1, 2, 4, 1, True)}
 
@@ -20,7 +21,7 @@ def test_greedy_decoding_is_the_argmax_of_the_whole_sequence(mesh):
   state = program.init()
   prompt = [5, 9, 2]
   out = program.generate(state, prompt, 6, temperature=0.0, seed=0)
-  params = jax.tree.map(np.asarray, program.canonical(state)['params'])
+  params = jax.tree.map(np.asarray, canonical(program.stored(state), program.index)['params'])
   params['layers'] = [params['layers'][str(i)] for i in range(len(params['layers']))]
   tokens = jnp.asarray([prompt + out[:-1]])
   hidden, _ = jax.jit(lambda p, t: model.forward(tiny.MODEL, p, t, plain_context(t)))(params, tokens)

@@ -33,8 +33,9 @@ from lmscale.kernels.gated_norm import gated_norm
 from lmscale.kernels.selective_scan import selective_scan
 from lmscale.kernels.ssd import api, ssd
 from lmscale.kernels.ssd_update import ssd_update
-from lmscale.models import model, stack
+from lmscale.models import model
 from lmscale.models.context import Context
+from lmscale.models.stacking import from_layers, make_stacking
 
 PER_TOKEN = ('x', 'dt', 'B', 'C', 'z')
 # Relative RMSE of (outputs and states, gradients, gradients of dt and A, which are long sums that cancel).
@@ -370,7 +371,7 @@ def _decode_runs():
 def test_a9_prefill_and_decoding_equal_one_pass(dtype, pattern, lengths, padded, steps, assert_close):
   """A padded batch of prompts, then one token at a time, against each sequence alone: KV, windows and states cached."""
   config = dataclasses.replace(MODEL, pattern=pattern)
-  plan = stack.make_plan(config.layers, 'unrolled')
+  plan = make_stacking(config.layers, 'unrolled')
   params = jax.jit(lambda: jax.tree.map(lambda leaf: leaf.astype(dtype), model.init_layers(config, 0)))()
   rows, total = len(lengths), padded + steps
   tokens = np.random.default_rng(0).integers(0, config.vocab, (rows, total)).astype(np.int32)
@@ -379,7 +380,7 @@ def test_a9_prefill_and_decoding_equal_one_pass(dtype, pattern, lengths, padded,
   @jax.jit
   def forward(params, tokens, positions, segment_ids, caches):
     context = Context(positions, segment_ids)
-    stacked = {**params, 'layers': stack.from_layers(params['layers'], plan)}
+    stacked = {**params, 'layers': from_layers(params['layers'], plan)}
     hidden, caches = model.forward(config, stacked, tokens, context, caches, plan)
     return model.logits(config, params, hidden), caches
 

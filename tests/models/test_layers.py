@@ -14,6 +14,7 @@ import tiny
 from lmscale.models import model, stack
 from lmscale.models.context import Context, plain_context
 from lmscale.models.layers import rope
+from lmscale.models.stacking import from_layers, make_stacking
 
 KINDS = {'M': 'M', 'm': 'm', '*': '*', '-': '-', 'all': 'M-m*'}
 
@@ -48,10 +49,10 @@ def test_packed_documents_equal_documents_alone(pattern, positions):
 @pytest.mark.parametrize('pattern', KINDS.values(), ids=KINDS)
 def test_decoding_with_caches_equals_one_pass(pattern):
   config = tiny.change(tiny.MODEL, pattern=pattern)
-  plan = stack.make_plan(config.layers, 'unrolled')
+  plan = make_stacking(config.layers, 'unrolled')
   with jax.enable_x64(True):
     params = _init(config, jnp.float64)
-    params['layers'] = stack.from_layers(params['layers'], plan)
+    params['layers'] = from_layers(params['layers'], plan)
     tokens = jax.random.randint(jax.random.key(1), (2, 13), 0, config.vocab)
 
     @jax.jit

@@ -1,5 +1,7 @@
 """Runs, their inverse, and equal results in every way of executing a stack."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,16 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.models import model, stack
+from lmscale.config import hybrid_pattern
+from lmscale.models import model
+from lmscale.models import stacking as lib
 from lmscale.models.context import Context
+
+
+def spelled(stacking):
+  """(unit, repeats) of each run."""
+  return [(''.join(stack.kind for stack in run), len(run[0].layers)) for run in stacking]
+
 
 HYBRID = 'M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-'
 
@@ -17,32 +27,59 @@ HYBRID = 'M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-'
 @given(st.text('Mm*-', min_size=1, max_size=24))
 @settings(max_examples=60, deadline=None)
 def test_runs_spell_the_pattern(layers):
-  plan = stack.find_runs(layers)
-  assert ''.join(unit * repeats for unit, repeats in plan) == layers
-  assert sum(len(unit) for unit, _ in plan) <= len(layers)
-  indices = sorted(i for units in stack.run_indices(plan) for positions in units for i in positions)
-  assert indices == list(range(len(layers)))
+  stacking = lib.find_runs(layers)
+  assert ''.join(unit * repeats for unit, repeats in spelled(stacking)) == layers
+  assert sum(len(run) for run in stacking) <= len(layers)
+  rows = sorted((index, stack.kind) for run in stacking for stack in run for index in stack.layers)
+  assert rows == list(enumerate(layers))
 
 
 def test_runs_of_the_published_patterns():
-  assert stack.find_runs('*-' * 32) == (('*-', 32),)
-  assert stack.find_runs('M' * 56) == (('M', 56),)
-  assert sum(len(unit) for unit, _ in stack.find_runs(HYBRID)) == 22
+  assert spelled(lib.find_runs('*-' * 32)) == [('*-', 32)]
+  assert spelled(lib.find_runs('M' * 56)) == [('M', 56)]
+  assert sum(map(len, lib.find_runs(HYBRID))) == 22
+
+
+def slowest_runs(layers):
+  """The same rule, by trying every last run: of the cheapest the one that begins first."""
+  best = [(0, 0, [])]
+  for end in range(1, len(layers) + 1):
+    options = []
+    for start in range(end):
+      for length in (n for n in range(1, end - start + 1) if (end - start) % n == 0):
+        if layers[start:end] == layers[start : start + length] * ((end - start) // length):
+          run = (layers[start : start + length], (end - start) // length)
+          options.append((best[start][0] + length, best[start][1] + 1, [*best[start][2], run]))
+    best.append(min(options, key=lambda option: option[:2]))
+  return best[-1][2]
+
+
+@given(st.lists(st.text('M*-', min_size=1, max_size=4), min_size=1, max_size=3), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_runs_are_the_cheapest(parts, times):
+  layers = ''.join(part * times for part in parts)
+  assert spelled(lib.find_runs(layers)) == slowest_runs(layers)
+
+
+def test_runs_of_the_deepest_pattern_take_a_moment():
+  start = time.process_time()
+  lib.find_runs.__wrapped__(hybrid_pattern(4096, 0.08, 0.5))
+  assert time.process_time() - start < 10  # the cube of the depth took 7 s at a quarter of it
 
 
 @pytest.mark.parametrize('mode', ['runs', 'unrolled'])
 def test_to_layers_inverts_from_layers(mode):
   params = model.init_layers(tiny.MODEL, seed=3)['layers']
-  plan = stack.make_plan(tiny.MODEL.layers, mode)
-  back = stack.to_layers(stack.from_layers(params, plan), plan)
+  stacking = lib.make_stacking(tiny.MODEL.layers, mode)
+  back = lib.to_layers(lib.from_layers(params, stacking), stacking)
   jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 def test_initial_values_do_not_depend_on_stacking():
-  plan = stack.make_plan(tiny.MODEL.layers, 'runs')
-  stacked = model.init_runs(tiny.MODEL, plan, seed=5)
+  stacking = lib.make_stacking(tiny.MODEL.layers, 'runs')
+  stacked = model.init_runs(tiny.MODEL, stacking, seed=5)
   canonical = model.init_layers(tiny.MODEL, seed=5)
-  jax.tree.map(np.testing.assert_array_equal, stack.to_layers(stacked['layers'], plan), canonical['layers'])
+  jax.tree.map(np.testing.assert_array_equal, lib.to_layers(stacked['layers'], stacking), canonical['layers'])
   same_kind = canonical['layers'][0]['x_kernel'], canonical['layers'][2]['x_kernel']
   assert not np.array_equal(*same_kind)
   other = model.init_layers(tiny.MODEL, seed=6)
@@ -50,13 +87,13 @@ def test_initial_values_do_not_depend_on_stacking():
 
 
 def _loss(mode, remat):
-  plan = stack.make_plan(tiny.MODEL.layers, mode)
+  stacking = lib.make_stacking(tiny.MODEL.layers, mode)
   rows = tiny.Rows().batch(0, range(2))
 
   def loss(layers, outer):
-    params = {**outer, 'layers': stack.from_layers(layers, plan)}
+    params = {**outer, 'layers': lib.from_layers(layers, stacking)}
     ctx = Context(rows['positions'], rows['segment_ids'])
-    hidden, _ = model.forward(tiny.MODEL, params, rows['tokens'], ctx, plan=plan, remat=remat)
+    hidden, _ = model.forward(tiny.MODEL, params, rows['tokens'], ctx, stacking=stacking, remat=remat)
     return jnp.square(model.logits(tiny.MODEL, params, hidden)).sum()
 
   params = model.init_layers(tiny.MODEL, seed=1, dtype=jnp.float64)

@@ -8,10 +8,11 @@ import pytest
 import tiny
 
 from lmscale.config import MeshConfig
-from lmscale.models import stack
+from lmscale.models import model
+from lmscale.models.stacking import to_layers
+from lmscale.parallel.gradients import make_evaluate, make_gradients
 from lmscale.train.program import Program
 from lmscale.train.schedule import StepPlan
-from lmscale.train.step import make_evaluate, make_gradients, make_step_plan
 
 # Two and three groups, two KV heads: divided by tensor = 2, or not, or only in part.
 MODELS = {
@@ -47,11 +48,11 @@ LAYOUTS = [
 
 @functools.cache
 def _start(name, dtype):
-  """The initial state of a model on one device, canonical, on the host."""
+  """The initial state of a model on one device, stacked, on the host."""
   config = tiny.config(model=MODELS[name], compute_dtype=dtype)
   with jax.enable_x64(dtype == 'float64'):
     program = Program(config, jax.devices()[:1])
-    return jax.tree.map(np.asarray, program.canonical(program.init()))
+    return jax.tree.map(np.asarray, program.init().params)
 
 
 @functools.cache
@@ -62,15 +63,16 @@ def _result(data, tensor, zero, sequence_parallel, name, dtype, remat='full'):
   config = tiny.config(mesh, MODELS[name], compute_dtype=dtype, remat=remat, microbatch=16 if data == 1 else 1)
   with jax.enable_x64(dtype == 'float64'):
     program = Program(config, jax.devices()[: mesh.size])
-    plan = make_step_plan(config, program.mesh)
+    head_loss = model.next_token_loss(config.model, config.train.loss_chunk)
     batch = program.batch(StepPlan(0, 0, 16, 0, 1e-3), tiny.Rows())
-    params = program.from_canonical(_start(name, dtype)).params
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state().params)
+    params = jax.device_put(_start(name, dtype), shardings)
     with jax.set_mesh(program.mesh):
-      grads, loss, count = jax.jit(make_gradients(plan))(params, batch)
+      grads, loss, count = jax.jit(make_gradients(program.setup, head_loss))(params, batch)
       if dtype == 'float32':
-        np.testing.assert_allclose(jax.jit(make_evaluate(plan))(params, batch)[0], loss, rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(make_evaluate(program.setup, head_loss))(params, batch)[0], loss, rtol=1e-5)
     assert int(count) == (tiny.Rows().batch(0, range(16))['labels'] >= 0).sum()
-    grads['layers'] = stack.to_layers(grads['layers'], plan.runs)
+    grads['layers'] = to_layers(grads['layers'], program.setup.stacking)
     return float(loss), jax.tree.map(np.asarray, grads)
 
 

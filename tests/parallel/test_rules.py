@@ -5,8 +5,9 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from lmscale.config import MeshConfig
-from lmscale.models import stack
-from lmscale.parallel.layout import LeafLayout, leaf_layout, make_layout, map_layout
+from lmscale.models.stack import layer_specs
+from lmscale.models.stacking import Stack, make_stacking
+from lmscale.parallel.layout import leaf_layout, make_layout
 from lmscale.parallel.rules import make_rules, partition
 
 
@@ -28,28 +29,21 @@ def test_groups_are_cut_only_where_tensor_divides_them():
 @pytest.mark.parametrize('zero', [0, 1, 2, 3])
 def test_zero_cuts_a_dim_that_tensor_does_not_use(zero):
   config = tiny.config(MeshConfig(1, 4, 2, zero))
-  specs = stack.layer_specs(config.model, '-')
-  leaf = leaf_layout('up_kernel', specs['up_kernel'], config, make_rules(config), stacked=True)
+  specs = layer_specs(config.model, '-')
+  leaf = leaf_layout('up_kernel', specs['up_kernel'], config, make_rules(config), Stack('-', (1, 3)))
   assert leaf.stored == (P(None, 'data', 'tensor') if zero else P(None, None, 'tensor'))
   assert leaf.manual == (P(None, 'data', None) if zero else P(None, None, None))
   assert leaf.kept == P(None, None, 'tensor')
 
 
-def test_every_parameter_has_a_place_in_both_forms():
+def test_every_parameter_has_a_place_in_every_stacking():
   config = tiny.config(MeshConfig(1, 4, 2, 3))
-  plan = stack.make_plan(config.model.layers, 'runs')
-  stacked = make_layout(config, plan, make_rules(config))
-  canonical = make_layout(config, None, make_rules(config))
-  rows = stack.to_layers(map_layout(lambda leaf: _Rows(leaf), stacked)['layers'], plan)
-  for index, layer in enumerate(rows):
-    assert {name: row.leaf.spec.axes for name, row in layer.items()} == {
-      name: leaf.spec.axes for name, leaf in canonical['layers'][str(index)].items()
-    }
-
-
-class _Rows:
-  def __init__(self, leaf: LeafLayout):
-    self.leaf = leaf
-
-  def __getitem__(self, row: int) -> '_Rows':
-    return self
+  for mode in ('runs', 'unrolled'):
+    stacking = make_stacking(config.model.layers, mode)
+    layout = make_layout(config, stacking, make_rules(config))
+    for run, stacks in zip(layout['layers'], stacking, strict=True):
+      for leaves, stack in zip(run, stacks, strict=True):
+        assert {name: (leaf.spec, leaf.stack) for name, leaf in leaves.items()} == {
+          name: (spec, stack) for name, spec in layer_specs(config.model, stack.kind).items()
+        }
+    assert all(leaf.stack is None for part, leaves in layout.items() if part != 'layers' for leaf in leaves.values())

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from lmscale.config import Config, ConfigError, check_mesh, from_dict, resolve_mesh
+from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
 from lmscale.parallel.mesh import make_mesh
 from lmscale.parallel.rules import make_rules
@@ -40,9 +41,9 @@ def test_stored_bytes_are_those_of_the_real_shards(zero, tensor):
   """Master and moments, from the shardings that the program places its arrays with."""
   config = resolve_mesh(build({'tensor': tensor, 'zero': zero}), 8)
   mesh = make_mesh(config.mesh)
-  layout = make_layout(config, None, make_rules(config))
+  layout = make_layout(config, make_stacking(config.model.layers, 'unrolled'), make_rules(config))
   leaves = jax.tree.leaves(layout, is_leaf=lambda leaf: isinstance(leaf, LeafLayout))
-  shards = [NamedSharding(mesh, leaf.stored).shard_shape(leaf.spec.shape) for leaf in leaves]
+  shards = [NamedSharding(mesh, leaf.stored).shard_shape(((1,) if leaf.stack else ()) + leaf.spec.shape) for leaf in leaves]
   stored = 4 * sum(math.prod(shape) for shape in shards)
   plan = bytes_per_device(config)
   assert plan['optimizer'] == 2 * stored

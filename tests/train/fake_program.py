@@ -102,22 +102,27 @@ class FakeProgram:
     x = loader.batch(10**6, range(samples))['x']
     return float(self._loss(state.params, x)), x.size
 
-  def canonical(self, state):
+  index = {}
+
+  def stored(self, state):
     adam = state.opt_state[0]
     opt = {'mu': adam.mu, 'nu': adam.nu, 'count': adam.count}
     return {'params': state.params, 'opt': opt, **{name: getattr(state, name) for name in BOOKKEEPING}}
 
-  def abstract_canonical(self):
+  def abstract_stored(self):
     return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.canonical(self.init())
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.stored(self.init())
     )
 
-  def from_canonical(self, tree):
+  def from_stored(self, tree):
     adam, *rest = self._tx.init(tree['params'])
     adam = adam._replace(**tree['opt'])
     return TrainState(tree['params'], (adam, *rest), **{name: tree[name] for name in BOOKKEEPING})
 
-  def generate(self, state, prompt, steps, temperature, seed):
+  def params_from_stored(self, tree):
+    return tree
+
+  def generate(self, state, prompt, steps, temperature, seed, ids=None):
     return [int(state.step), seed, len(prompt)][:steps]
 
 
@@ -142,7 +147,7 @@ def run(folder, fields=None, loader=None, program=FakeProgram, reference=None):
 def stored(folder, step=None):
   """(leaves as bytes by order, meta) of a checkpoint of a fake run."""
   with Checkpointer(pathlib.Path(folder) / 'checkpoints') as checkpoints:
-    tree, meta = checkpoints.restore(FakeProgram(CONFIG).abstract_canonical(), step)
+    tree, meta = checkpoints.restore(FakeProgram(CONFIG).abstract_stored(), step)
   return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)], meta
 
 

@@ -134,7 +134,7 @@ def start_run(folder, data):
 def stored_run(folder):
   config = config_lib.from_dict(json.loads((folder / 'config.json').read_text()))
   with Checkpointer(folder / 'checkpoints') as checkpoints:
-    tree, meta = checkpoints.restore(Program(config).abstract_canonical(), config.train.steps)
+    tree, meta = checkpoints.restore(Program(config).abstract_stored(), config.train.steps, Program(config).index)
   return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)], meta
 
 

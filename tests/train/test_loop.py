@@ -139,7 +139,7 @@ def test_other_data_is_refused(tmp_path):
 
 def counted(folder):
   with Checkpointer(folder / 'checkpoints', read_only=True) as checkpoints:
-    tree, _ = checkpoints.restore(FakeProgram(CONFIG).abstract_canonical())
+    tree, _ = checkpoints.restore(FakeProgram(CONFIG).abstract_stored())
   return {name: int(tree[name]) for name in ('step', 'skipped', 'spikes')}
 
 
@@ -333,5 +333,5 @@ def test_the_fake_program_round_trips():
   program = FakeProgram(CONFIG)
   state = program.init()
   state, _ = program.step(state, (jnp.asarray(np.ones((2, SIZE), np.float32)), 0.1))
-  again = program.from_canonical(program.canonical(state))
+  again = program.from_stored(program.stored(state))
   assert jax.tree.structure(again) == jax.tree.structure(state)

@@ -51,7 +51,7 @@ def run(folder, mesh=MESH, program=Program):
 def stored(folder, step=4):
   program = Program(tiny_config(MeshConfig(1, 1, 1, 0)), jax.devices()[:1])
   with Checkpointer(folder / 'checkpoints') as checkpoints:
-    tree, _ = checkpoints.restore(program.abstract_canonical(), step)
+    tree, _ = checkpoints.restore(program.abstract_stored(), step, program.index)
   return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 

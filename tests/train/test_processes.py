@@ -135,7 +135,7 @@ def assert_same_losses(got, want, but=()):
 def stored(folder, step):
   config = config_lib.from_dict(json.loads((folder / 'config.json').read_text()))
   with Checkpointer(folder / 'checkpoints', read_only=True) as checkpoints:
-    tree, meta = checkpoints.restore(Program(config).abstract_canonical(), step)
+    tree, meta = checkpoints.restore(Program(config).abstract_stored(), step, Program(config).index)
   return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)], meta
 
 

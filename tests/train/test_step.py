@@ -9,9 +9,13 @@ import pytest
 import tiny
 
 from lmscale.config import MeshConfig
+from lmscale.models import model
+from lmscale.parallel.feed import Feed
+from lmscale.parallel.gradients import make_gradients
+from lmscale.parallel.mesh import make_mesh
+from lmscale.train import stored
 from lmscale.train.program import Program
 from lmscale.train.schedule import Schedule, StepPlan
-from lmscale.train.step import make_gradients, make_step_plan
 
 SMALL = tiny.change(tiny.MODEL, pattern='M-')
 
@@ -44,21 +48,27 @@ def test_training_lowers_the_loss_on_a_mesh_as_on_one_device():
 def test_initial_state_is_the_same_on_every_mesh(mesh):
   one = Program(tiny.config(model=SMALL), jax.devices()[:1])
   many = Program(tiny.config(mesh, SMALL), jax.devices()[: mesh.size])
-  jax.tree.map(np.testing.assert_array_equal, many.canonical(many.init()), one.canonical(one.init()))
+  jax.tree.map(np.testing.assert_array_equal, many.stored(many.init()), one.stored(one.init()))
 
 
-def test_canonical_form_is_exact_and_shared_between_stackings():
-  config = tiny.config(MeshConfig(1, 4, 2, 3))
-  program, state, _ = _run(config, 1)
-  stored = program.canonical(state)
-  back = program.from_canonical(stored)
-  jax.tree.map(np.testing.assert_array_equal, back, state)
-  jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding.is_equivalent_to(b.sharding, a.ndim), True), back, state)
-  other = Program(tiny.config(MeshConfig(1, 1, 1, 0), stack='unrolled'), jax.devices()[:1])
-  again = other.canonical(other.from_canonical(jax.tree.map(np.asarray, stored)))
-  jax.tree.map(np.testing.assert_array_equal, again, stored)
-  abstract = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), program.abstract_canonical())
-  assert abstract == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), stored)
+def test_the_stored_form_is_the_state_itself():
+  program = Program(tiny.config(MeshConfig(1, 4, 2, 3)))
+  state = program.init()
+  tree = program.stored(state)
+  assert {id(leaf) for leaf in jax.tree.leaves(tree)} == {id(leaf) for leaf in jax.tree.leaves(state)}
+  back = program.from_stored(tree)
+  jax.tree.map(lambda a, b: np.testing.assert_equal(a is b, True), back, state)
+  abstract = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), program.abstract_stored())
+  assert abstract == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+def test_the_canonical_view_is_the_same_for_every_stacking():
+  views = []
+  for mode in ('runs', 'unrolled'):
+    program = Program(tiny.config(stack=mode), jax.devices()[:1])
+    views.append(stored.canonical(program.stored(program.init()), program.index))
+  assert set(views[0]['params']['layers']) == {str(i) for i in range(6)}
+  jax.tree.map(np.testing.assert_array_equal, *views)
 
 
 def test_a_step_that_is_not_finite_changes_only_the_counters():
@@ -115,7 +125,7 @@ def test_gradients_are_reduced_in_the_dtype_asked_for(zero, grad_dtype):
   batch = {name: jax.ShapeDtypeStruct((2, 8, 16), jnp.int32) for name in tiny.Rows().arrays}
   batch['microbatches'] = jax.ShapeDtypeStruct((), jnp.int32)
   with jax.set_mesh(program.mesh):
-    jaxpr = jax.make_jaxpr(make_gradients(make_step_plan(config, program.mesh)))(program.abstract_state().params, batch)
+    jaxpr = jax.make_jaxpr(make_gradients(program.setup, model.next_token_loss(config.model, 8)))(program.abstract_state().params, batch)
   found = _reduced_dtypes(getattr(jaxpr, 'jaxpr', jaxpr), collections.Counter())
   assert set(found) == {grad_dtype}
 
@@ -140,9 +150,10 @@ def test_evaluation_is_the_mean_over_counted_tokens_whatever_the_number_of_sampl
 
 
 def test_a_process_reads_only_the_rows_of_its_devices(monkeypatch):
-  program = Program(tiny.config(MeshConfig(1, 4, 1, 1), SMALL, microbatch=2), jax.devices()[:4])
-  assert program._local_rows(8, 16) == [range(16)]
+  config = tiny.config(MeshConfig(1, 4, 1, 1), SMALL, microbatch=2)
+  feed = Feed(config, make_mesh(config.mesh, jax.devices()[:4]))
+  assert feed._local_rows(16) == [range(16)]
   held = {jax.devices()[1]: (slice(None), slice(2, 4), slice(None)), jax.devices()[2]: (slice(None), slice(4, 6), slice(None))}
-  monkeypatch.setattr(program, '_rows', type('Held', (), {'addressable_devices_indices_map': lambda self, shape: held})())
-  assert program._local_rows(8, 16) == [range(2, 4), range(4, 6), range(10, 12), range(12, 14)]
-  assert program._local_rows(8, 11) == [range(2, 4), range(4, 6), range(10, 11)]
+  monkeypatch.setattr(feed, 'rows', type('Held', (), {'addressable_devices_indices_map': lambda self, shape: held})())
+  assert feed._local_rows(16) == [range(2, 4), range(4, 6), range(10, 12), range(12, 14)]
+  assert feed._local_rows(11) == [range(2, 4), range(4, 6), range(10, 11)]

@@ -1,0 +1,163 @@
+"""The stored form of a state: its arrays as they lie in memory, and an index that says which layer lies in which row.
+
+A tree of nested dicts; its leaves are named by their paths, `params/layers/0/1/x_kernel`. Under a path that the index holds
+(`params/layers/0/1`) each leaf has a leading dim of rows, one per layer of a `Stack`. Every row has a canonical name
+(`params/layers/4/x_kernel`) that no stacking changes: by it checksums are kept, shapes compared, and rows found again for a
+model that is stacked in another way. `canonical` is the same tree by layer, a view for reading.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lmscale.models.stacking import Stack
+
+Index = dict[str, Stack]
+
+
+def named(tree: Any) -> dict[str, Any]:
+  """{path: leaf} of nested dicts."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {'/'.join(str(getattr(key, 'key', key)) for key in path): leaf for path, leaf in leaves}
+
+
+def nested(leaves: dict[str, Any]) -> dict[str, Any]:
+  """Inverse of `named`."""
+  tree: dict[str, Any] = {}
+  for path, leaf in leaves.items():
+    *parents, name = path.split('/')
+    at = tree
+    for parent in parents:
+      at = at.setdefault(parent, {})
+    at[name] = leaf
+  return tree
+
+
+def canonical_names(path: str, index: Index) -> list[str]:
+  """The canonical name of each row of the leaf at `path`; of one that is no stack, its path."""
+  parent, _, name = path.rpartition('/')
+  if parent not in index:
+    return [path]
+  family = parent.partition('/layers/')[0]
+  return [f'{family}/layers/{layer}/{name}' for layer in index[parent].layers]
+
+
+def is_stacked(path: str, index: Index) -> bool:
+  """Whether the leaf at `path` has a leading dim of rows."""
+  return path.rpartition('/')[0] in index
+
+
+def canonical(tree: Any, index: Index) -> dict[str, Any]:
+  """The tree by layer, `layers/<canonical index>/<name>`: rows are cut out of the stacks. For reading, not for storing."""
+  view = {}
+  for path, leaf in named(tree).items():
+    names = canonical_names(path, index)
+    view |= {name: leaf[row] for row, name in enumerate(names)} if is_stacked(path, index) else {path: leaf}
+  return nested(view)
+
+
+def to_json(index: Index) -> dict[str, Any]:
+  """The index as JSON values."""
+  return {path: {'kind': stack.kind, 'layers': list(stack.layers)} for path, stack in index.items()}
+
+
+def from_json(values: dict[str, Any]) -> Index:
+  """Inverse of `to_json`."""
+  return {path: Stack(value['kind'], tuple(value['layers'])) for path, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+  """Stacks that are made of the rows of others. places: for each target, (which source, which of its rows) of every row;
+  row None: the source is one layer's array and no stack."""
+
+  sources: tuple[str, ...]
+  targets: tuple[str, ...]
+  places: tuple[tuple[tuple[int, int | None], ...], ...]
+
+
+def moves(asked: Iterable[str], index: Index, found: Iterable[str], source: Index) -> list[Move]:
+  """How the stacks at paths `asked` come from the arrays at paths `found`, which are stacked in another way.
+
+  One move per tree, layer kind and name, so that what exists twice at a time is small.
+  """
+  where: dict[str, tuple[str, int | None]] = {}
+  for path in found:
+    stacked = is_stacked(path, source)
+    where |= {name: (path, row if stacked else None) for row, name in enumerate(canonical_names(path, source))}
+  groups: dict[tuple[str, str, str], list[str]] = {}
+  for path in asked:
+    parent, _, name = path.rpartition('/')
+    groups.setdefault((parent.partition('/layers/')[0], index[parent].kind, name), []).append(path)
+  return [_move(targets, index, where) for targets in groups.values()]
+
+
+def _move(targets: list[str], index: Index, where: dict[str, tuple[str, int | None]]) -> Move:
+  rows = [[where[name] for name in canonical_names(target, index)] for target in targets]
+  sources = list(dict.fromkeys(path for row in rows for path, _ in row))
+  places = tuple(tuple((sources.index(path), at) for path, at in row) for row in rows)
+  return Move(tuple(sources), tuple(targets), places)
+
+
+def row_sharding(like: jax.ShapeDtypeStruct, stacked: bool) -> Any:
+  """How an array is placed whose rows become those of `like`, a stack: as `like`, without its leading dim if it has none."""
+  if stacked or not isinstance(like.sharding, NamedSharding):
+    return like.sharding
+  return NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[1:]))
+
+
+@functools.cache
+def make_taker(places: tuple, shardings: tuple) -> Callable[[list[jax.Array]], list[jax.Array]]:
+  """The sources of a `Move` -> its targets, jitted. Reads what one device holds of a row from that device alone."""
+
+  def take(sources: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.stack([sources[i] if row is None else sources[i][row] for i, row in rows]) for rows in places]
+
+  return jax.jit(take, out_shardings=list(shardings))
+
+
+def checksums(tree: Any, index: Index | None = None) -> dict[str, int]:
+  """A checksum per canonical name, equal on every mesh and in every stacking. Blocks until the arrays are there."""
+  return {name: checksum for name, (checksum, _) in facts(tree, index).items()}
+
+
+def facts(tree: Any, index: Index | None = None) -> dict[str, tuple[int, bool]]:
+  """(checksum, whether every number is finite) per canonical name.
+
+  A checksum is the sum of the bits as unsigned words, modulo 2^32: any single bit changes it.
+  """
+  index = index or {}
+  siblings: dict[str, dict[str, jax.Array]] = {}
+  for path, leaf in named(tree).items():
+    siblings.setdefault(path.rpartition('/')[0], {})[path] = leaf
+  found = {}
+  for parent, leaves in siblings.items():
+    # One program at a time: programs with collectives that do not depend on each other deadlock on emulated devices.
+    named_leaves = {path.rpartition('/')[2]: leaf for path, leaf in leaves.items()}
+    values = jax.device_get(_facts(named_leaves, parent in index))
+    for path in leaves:
+      bits, finite = values[path.rpartition('/')[2]]
+      rows = zip(canonical_names(path, index), bits.reshape(-1), finite.reshape(-1), strict=True)
+      found |= {name: (int(b), bool(f)) for name, b, f in rows}
+  return found
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _facts(leaves: dict[str, jax.Array], stacked: bool) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """(sum of the bits, all finite) of each array, or of each of its rows."""
+
+  def one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dims = tuple(range(stacked, x.ndim))
+    finite = jnp.all(jnp.isfinite(x), dims)
+    if x.dtype == bool:
+      x = x.astype(jnp.uint8)
+    words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, words)  # an 8-byte number becomes two words, in a last dim
+    return jnp.sum(bits, tuple(range(stacked, bits.ndim)), dtype=jnp.uint32), finite
+
+  return {name: one(x) for name, x in leaves.items()}
