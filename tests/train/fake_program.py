@@ -69,6 +69,7 @@ class FakeProgram:
     self._step = jax.jit(self._one, static_argnums=3, donate_argnums=0)
     self._clip, self._spike_skip = config.optimizer.clip, config.train.spike_skip
     self.config = config
+    self.index = {}
 
   @staticmethod
   def _loss(params, x):
@@ -101,8 +102,6 @@ class FakeProgram:
   def evaluate(self, state, loader, samples):
     x = loader.batch(10**6, range(samples))['x']
     return float(self._loss(state.params, x)), x.size
-
-  index = {}
 
   def stored(self, state):
     adam = state.opt_state[0]

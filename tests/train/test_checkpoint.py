@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lmscale import processes as distributed
 from lmscale.errors import ConfigError
-from lmscale.train.checkpoint import Checkpointer, checksums
+from lmscale.train.checkpoint import Checkpointer
+from lmscale.train.stored import checksums
 
 SPECS = {'w': PartitionSpec('data', 'tensor'), 'b': PartitionSpec('tensor'), 'half': PartitionSpec(None, 'data')}
 
@@ -128,7 +129,7 @@ def test_no_checkpoint(tmp_path):
       lambda t: {**t, 'opt': {'count': jax.ShapeDtypeStruct((2,), jnp.int32, sharding=t['step'].sharding)}},
       r'opt/count is stored as int32\[\], the model has int32\[2\]',
     ),
-    (lambda t: {k: v for k, v in t.items() if k != 'step'}, 'step is stored but not in the model'),
+    (lambda t: {**t, 'opt': {'other': t['step']}}, 'opt/count is stored but not in the model; opt/other is in the model but not stored'),
     (lambda t: {**t, 'more': t['step']}, 'more is in the model but not stored'),
   ],
 )
