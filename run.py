@@ -8,11 +8,16 @@
 The same command with the same --workdir resumes. Several processes make one run: see docs/clusters.md. Exit codes:
 
   0    done
-  75   run the same command again: interrupted and saved, or another process of the run is gone
-  3    stopped on non-finite steps
+  75   run the same command again: interrupted and saved, or before the first step, or another process of the run is gone
+  3    stopped on steps that were not finite or spikes
   130  interrupted and not saved
   2    a mistake in a flag, a config or the data, one line on stderr; starting again does not help
 """
+
+if __name__ == '__main__':  # before anything is imported that takes a while
+  from lmscale.processes import interrupt
+
+  interrupt.install()
 
 import argparse
 import difflib
@@ -27,8 +32,9 @@ from collections.abc import Sequence
 from lmscale import jobs, processes
 from lmscale.config import recipes
 from lmscale.errors import ConfigError
-from lmscale.exit_codes import KILLED, USER_ERROR
+from lmscale.exit_codes import AGAIN, USER_ERROR
 from lmscale.plan.advice import is_out_of_memory, memory_advice
+from lmscale.processes.interrupt import AT_ONCE
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'quickstart.py'
 UNPRINTABLE = r'[^\x20-\x7e\xa0-\U0010ffff]'
@@ -140,8 +146,8 @@ def _run_job(argv: Sequence[str]) -> int:
   except ConfigError as error:
     return _user_error(error, argv)
   except KeyboardInterrupt:
-    print('interrupted before the first step', file=sys.stderr)
-    return KILLED
+    print(f'SIGINT: {AT_ONCE}', file=sys.stderr)
+    return AGAIN
   except (MemoryError, RuntimeError) as error:
     if config is None or not is_out_of_memory(error):
       raise

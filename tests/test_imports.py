@@ -7,14 +7,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = {'config', 'kernels', 'models'}
-BELOW_TRAIN = MODEL | {'parallel', 'plan', 'processes', 'data', 'batch', 'exit_codes'}
+BELOW_TRAIN = MODEL | {'parallel', 'plan', 'processes', 'data', 'batch', 'exit_codes', 'unfinished'}
 MAY = {  # part of lmscale -> the parts that it may import, beside itself and `errors`
   'errors': set(),
   'exit_codes': set(),
   'batch': set(),
+  'unfinished': set(),
   'config': set(),
-  'processes': {'exit_codes'},
-  'data': {'config', 'batch'},
+  'processes': {'exit_codes', 'unfinished'},
+  'data': {'config', 'batch', 'unfinished'},
   'kernels': {'config'},
   'models': {'config', 'kernels'},
   'parallel': MODEL | {'batch'},

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from lmscale import config as config_lib
+from lmscale.unfinished import unfinished
 
 ATTEMPTS = 3
 STALE = 24 * 3600  # seconds without a write after which a temporary folder was left behind by a killed build
@@ -51,7 +52,7 @@ def ensure(folder: pathlib.Path, build: Callable[[pathlib.Path], None],
 def _build(folder: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
   temporary = _temporary(folder)
   try:
-    with _writable(folder):
+    with _writable(folder), unfinished(temporary):
       folder.parent.mkdir(parents=True, exist_ok=True)
       _remove_stale(folder.parent)
       temporary.mkdir()

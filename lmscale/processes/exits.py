@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from lmscale import unfinished
+
 
 def exit_now(code: int, text: str = '') -> NoReturn:
-  """Ends the process from any thread."""
+  """Ends the process from any thread, without what is half made."""
+  unfinished.remove_all()
   with contextlib.suppress(Exception):
     sys.stdout.flush()
     sys.stderr.flush()

@@ -194,6 +194,12 @@ def watching() -> Iterator[None]:
     raise
 
 
+def leave(code: int) -> None:
+  """Ends this process at once where it is one of several, and with the same exit code all others."""
+  if _peers is not None:
+    _peers.fail(code)
+
+
 def finish(code: int) -> int:
   """To be called last: `code`. The other processes end with it, too: together if the loop has ended, else at once."""
   if _peers is None:

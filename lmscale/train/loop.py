@@ -4,7 +4,8 @@ The same command again goes on where the last checkpoint was taken, and what it 
 uninterrupted run would have: plans and batches are functions of the step number, and metrics.jsonl is on disk up to a
 checkpoint before the checkpoint commits, and cut back to it on resume.
 
-`train` returns the process's exit code. One SIGINT or SIGTERM finishes the step, saves and ends; a second one ends at once.
+`train` returns the process's exit code. One SIGINT or SIGTERM finishes the step, saves and ends; a second one ends at once, and
+so does, before the first step, the first (`processes/interrupt.py`).
 
 Of several processes each runs this same loop, in step with the others: whatever touches the state is done by all, and what
 is done next follows from the step number, the metrics or `distributed.stop_after`, which all see alike. The first alone
@@ -17,10 +18,9 @@ import json
 import math
 import os
 import pathlib
-import signal
 import time
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -30,6 +30,7 @@ from lmscale.data.prefetch import prefetch
 from lmscale.errors import ConfigError
 from lmscale.exit_codes import AGAIN, DIVERGED, DONE, KILLED
 from lmscale.plan.devices import device_peak_flops
+from lmscale.processes.interrupt import Interrupt
 from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.console import Console, printable, quantity
 from lmscale.train.goodput import Goodput
@@ -67,10 +68,12 @@ def train(
   schedule, goodput = Schedule(config), Goodput(began)
   peak = device_peak_flops(jax.devices()[0].device_kind, config.train.compute_dtype)
   peak = peak and peak * jax.device_count()
-  with Interrupt() as interrupt, Checkpointer(workdir.checkpoints, config.loop.keep) as checkpoints:
+  with distributed.interrupts() as interrupt, Checkpointer(workdir.checkpoints, config.loop.keep) as checkpoints:
     complete = (checkpoints.latest() or 0) >= schedule.steps
     begin = (None, checkpoints.latest()) if complete else _begin(config, program, loader, workdir, checkpoints, goodput)
     state, start = begin
+    if complete:
+      interrupt.begin()
     first = distributed.is_first()
     if first:
       goodput.resume(workdir.path, start)
@@ -147,7 +150,7 @@ class Run:
   goodput: Goodput
   clock: 'Clock' = dataclasses.field(default_factory=lambda: Clock())
 
-  def steps(self, state: Any, start: int, interrupt: 'Interrupt') -> int:
+  def steps(self, state: Any, start: int, interrupt: Interrupt) -> int:
     """Steps from `start` to the end; returns an exit code.
 
     The order matters. A step's metrics are read after the next step is dispatched, so that the device does not wait for
@@ -159,6 +162,7 @@ class Run:
     batches = _batches(self.program, self.loader, self.schedule, start)
     for plan, batch in self.goodput.waiting(batches):
       state, metrics = self.program.step(state, batch)
+      interrupt.begin()
       if unread and not self.log(*unread):
         return DIVERGED
       unread = plan, metrics
@@ -338,25 +342,3 @@ class Clock:
     rate = self._line_tokens / max(self._line_seconds, 1e-9)
     self._line_tokens = self._line_seconds = 0.0
     return rate
-
-
-class Interrupt:
-  """Turns the first SIGINT or SIGTERM into `requested`; the second ends the process with KILLED. A context manager."""
-
-  def __init__(self) -> None:
-    self.requested = False
-
-  def __enter__(self) -> Self:
-    self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    return self
-
-  def __exit__(self, *error: object) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def _handle(self, number: int, frame: Any) -> None:
-    if self.requested:
-      os._exit(KILLED)
-    self.requested = True
-    text = f'\n{signal.Signals(number).name}: finishing the step and saving; once more ends at once, unsaved\n'
-    os.write(2, text.encode())

@@ -17,6 +17,7 @@ import logging
 import os
 import pathlib
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,12 +28,16 @@ import jax
 
 from lmscale import config as config_lib
 from lmscale import processes as distributed
+from lmscale import unfinished
 from lmscale.config import Config, run_tokens
 from lmscale.errors import ConfigError
 
 PACKAGES = (
   'lmscale', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tensorflow-datasets', 'array_record',
 )  # fmt: skip
+
+FILES = ('config.json', 'environment.json', 'goodput.json', 'lock', 'loss.svg', 'metrics.jsonl', 'samples.txt')
+FOLDERS = ('checkpoints', 'tensorboard')
 
 VISIBLE = 30.0  # seconds until a new folder is seen by other hosts
 
@@ -77,8 +82,11 @@ def open_workdir(folder: str | os.PathLike, config: Config) -> Workdir:
   if not distributed.is_first():
     _look(path, distributed.share('owner', None))
     return Workdir(path)
+  made = [p for p in (path, *path.parents) if not p.exists()]
   try:
     path.mkdir(parents=True, exist_ok=True)
+    if made:
+      unfinished.add(lambda: _remove_empty(made))
     lock = _lock(path)
   except OSError as error:
     raise ConfigError(f'workdir {path}: {error.strerror}; give another --workdir') from error
@@ -177,6 +185,18 @@ def _lock(path: pathlib.Path) -> int:
   os.ftruncate(handle, 0)
   os.write(handle, f'{os.getpid()} on {socket.gethostname()}\n'.encode())
   return handle
+
+
+def _remove_empty(made: list[pathlib.Path]) -> None:
+  """Removes the folder of a run that has saved nothing, and those that were made to hold it; whatever else is there stays."""
+  path = made[0]
+  if not any(p.name.isdigit() for p in path.glob('checkpoints/*')):
+    for name in FILES:
+      (path / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+      shutil.rmtree(path / name, ignore_errors=True)
+    for folder in made:
+      folder.rmdir()
 
 
 def _look(path: pathlib.Path, owner: str) -> None:
