@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import logging
+import lzma
 import os
 import pathlib
 import pickle
@@ -219,6 +220,12 @@ cases(
   ('unreadable file', source('/proc/self/mem'), ('data.sources.0', '/proc/self/mem', 'cannot be read')),
   ('folder without text', source('data'), ('data.sources.0', 'data', 'no *.txt'), {'files': {'data/x.csv': ''}}),
   ('folder for a config', '--config=.', 'folder'),
+  ('dangling link', source('data'), ('data.sources.0', 'data/gone: a link to /not/there'),
+   {'files': {'data/x.txt': TEXT}, 'prepare': lambda folder, _: os.symlink('/not/there', folder / 'data' / 'gone')}),
+  ('xz archive', source('x.txt.xz'), ('x.txt.xz', 'is an xz archive, not text: unpack it'), {'files': {'x.txt.xz': lzma.compress(TEXT.encode())}}),
+  ('parquet as text', source('x.parquet'), ('x.parquet', 'is a parquet file', 'to_json'), {'files': {'x.parquet': b'PAR1\x15\0\x15\x10PAR1'}}),
+  ('UTF-16 without its mark', source('x.txt'), ('x.txt', '5,800 of 11,600 bytes are NUL', 'utf-16le'),
+   {'files': {'x.txt': ('a word ' * 828 + 'more').encode('utf-16-le')}}),
   ('glob of nothing', source('*.text'), ('data.sources.0', '*.text', 'matches no file')),
   ('pipe', source('pipe'), ('pipe', 'neither a file'), {'prepare': lambda folder, _: os.mkfifo(folder / 'pipe')}),
   ('NUL in a path', source('a\0b'), ('data.sources.0', 'NUL')),

@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lmscale import config as config_lib
-from lmscale.data import files, megatron, tfds_source
+from lmscale.data import file_digest, megatron, tfds_source
 from lmscale.data.loader import KEYS, Loader
 
 BYTES_VOCABULARY = 257
@@ -91,7 +91,7 @@ def measure(folder: pathlib.Path, mib: int, length: int, seq_len: int, rows: int
   letters = rng.integers(97, 123, int(lengths.sum()), np.uint8).tobytes()
   ends = np.cumsum(lengths)
   sources = make_sources(folder, [letters[end - size:end] for end, size in zip(ends, lengths, strict=True)])
-  time.sleep(files.SETTLED + 0.5)  # a file that changed a moment ago is hashed at every start
+  time.sleep(file_digest.SETTLED + 0.5)  # a file that changed a moment ago is hashed at every start
   starts, work = [], {}
   for source in sources:
     taken = []

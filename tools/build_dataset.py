@@ -32,8 +32,10 @@ import tqdm
 
 from lmscale import config as config_lib
 from lmscale.data import cache as cache_lib
-from lmscale.data import files, losses, megatron, storage
+from lmscale.data import losses, megatron, storage
 from lmscale.data import source as source_lib
+from lmscale.data.reading_notes import Notes
+from lmscale.data.sources.find_files import find_files
 from lmscale.data.tokenizer import get_tokenizer
 from lmscale.errors import ConfigError
 from lmscale.exit_codes import KILLED, USER_ERROR
@@ -41,6 +43,7 @@ from lmscale.exit_codes import KILLED, USER_ERROR
 FORMAT = 1  # raise when the same input would give other files
 COPIED = 1 << 24  # bytes at a time
 ENDINGS = ('.bin', '.documents.npy', '.meta.json', '.idx')  # in the order in which they appear: .idx says it is complete
+SHARD = ('shard.bin', 'shard.idx', 'documents.npy')
 
 
 def units(inputs: Sequence[config_lib.SourceConfig]) -> list[tuple[config_lib.SourceConfig, int]]:
@@ -50,7 +53,10 @@ def units(inputs: Sequence[config_lib.SourceConfig]) -> list[tuple[config_lib.So
     if source.kind not in ('text', 'jsonl'):
       found.append((source, 0))
       continue
-    for path in files.find_files(source.path, {'text': '.txt', 'jsonl': '.jsonl'}[source.kind]):
+    paths, notices = find_files(source.path, {'text': '.txt', 'jsonl': '.jsonl'}[source.kind])
+    for notice in notices:
+      print(f'{source.name}: {notice}', file=sys.stderr)
+    for path in paths:
       found.append((dataclasses.replace(source, name=str(path), path=str(path)), path.stat().st_size))
   return found
 
@@ -71,23 +77,23 @@ def build_shard(source: config_lib.SourceConfig, key: str, tokenizer_name: str, 
   opened, tokenizer = source_lib.open_source(source, storage.cache_root()), get_tokenizer(tokenizer_name, end)
 
   def build(folder: pathlib.Path) -> None:
-    skipped: list[str] = []
-    kept, lost = [], losses.Losses(tokenizer)
+    kept, notes, lost = [], Notes(), losses.Losses(tokenizer)
     with megatron.Writer(folder / 'shard', megatron.dtype_for(tokenizer.size)) as writer:
-      for ids, split_key, size in cache_lib.tokenised(opened.documents(skipped), tokenizer, lost):
+      for ids, split_key, size in cache_lib.tokenised(opened.documents(notes), tokenizer, lost):
         writer.add(ids)
         kept.append((split_key, size % 2**64))
     np.save(folder / 'documents.npy', np.array(kept, np.uint64).reshape(-1, 2).T, allow_pickle=False)
     if shard_key(source, tokenizer_name, end) != key:
       raise ConfigError(f'{source.name}: changed while it was read; give the command again')
-    meta = {'key': key, 'documents': len(kept), 'tokens': sum(writer.lengths), 'skipped': skipped,
-            'losses': lost.counts()}
+    meta = {'key': key, 'documents': len(kept), 'tokens': sum(writer.lengths), 'skipped': len(notes.skipped),
+            'notices': notes.lines(), 'losses': lost.counts(), 'sha256': {name: _sha256(folder / name) for name in SHARD}}
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
 
   def read(folder: pathlib.Path) -> dict[str, Any]:
     meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-    if len(megatron.read_index(folder / 'shard').lengths) != meta['documents'] or 'losses' not in meta:
-      raise ValueError(f'{folder}: damaged')
+    for name in SHARD:
+      if _sha256(folder / name) != meta['sha256'][name]:
+        raise ValueError(f'{name} changed')
     return meta
 
   return storage.ensure(shards / key, build, read)
@@ -126,7 +132,7 @@ def merge(out: pathlib.Path, shards: pathlib.Path, made: Sequence[dict[str, Any]
 
 
 def _described(made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  return [{**shard, 'skipped': len(shard['skipped'])} for shard in made]
+  return [{name: shard[name] for name in ('name', 'key', 'documents', 'tokens', 'skipped')} for shard in made]
 
 
 def is_complete(out: pathlib.Path, keys: Sequence[str]) -> bool:
@@ -180,9 +186,18 @@ def build(inputs: Sequence[config_lib.SourceConfig], tokenizer_name: str, out: p
     except OSError as error:
       raise ConfigError(f'--out: cannot write {out}: {error.strerror}') from error
   shutil.rmtree(shards)
+  _tell_equal(keys, [source.name for source, _ in todo])
   for shard in made:
-    if shard['skipped']:
-      print(f'{len(shard["skipped"])} lines give no text and are skipped; the first: {shard["skipped"][0]}', file=sys.stderr)
+    for notice in shard['notices']:
+      print(f'{shard["name"]}: {notice}', file=sys.stderr)
+
+
+def _tell_equal(keys: Sequence[str], names: Sequence[str]) -> None:
+  first: dict[str, str] = {}
+  again = [(name, first[key]) for key, name in zip(keys, names, strict=True) if first.setdefault(key, name) != name]
+  if again:
+    print(f'{len(again)} of {len(names)} inputs hold what another holds, and are in the data set again: the first is '
+          f'{again[0][0]}, equal to {again[0][1]}', file=sys.stderr)
 
 
 def _each(pool: concurrent.futures.Executor, what: str, work: Sequence[tuple]) -> list[Any]:

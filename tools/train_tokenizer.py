@@ -21,6 +21,7 @@ from lmscale.data import source as source_lib
 from lmscale.data import storage
 from lmscale.data.extras import need
 from lmscale.data.pretrained import open_tokenizer
+from lmscale.data.reading_notes import Notes
 from lmscale.errors import ConfigError
 
 END = '<|endoftext|>'
@@ -30,10 +31,11 @@ LINE = 4096  # bytes of a line that SentencePiece takes; longer ones are cut
 
 def texts(sources: Sequence[config_lib.SourceConfig], cache: pathlib.Path, limit: int) -> Iterator[str]:
   """The documents of the sources in order, up to `limit` bytes of text."""
-  left, skipped = limit, []
+  left = limit
   with tqdm.tqdm(unit='B', unit_scale=True, desc='reading', disable=None) as bar:
     for source in sources:
-      for document in source_lib.open_source(source, cache).documents(skipped):
+      opened, notes = source_lib.open_source(source, cache), Notes()
+      for document in opened.documents(notes):
         if document.ids is not None:
           raise ConfigError(f'{source.name}: holds tokens, not text')
         if len(document.text) > left:
@@ -42,8 +44,8 @@ def texts(sources: Sequence[config_lib.SourceConfig], cache: pathlib.Path, limit
         left -= len(document.text)
         bar.update(len(document.text))
         yield document.text.decode('utf-8', 'replace')
-  if skipped:
-    print(f'{len(skipped)} lines give no text and are skipped; the first: {skipped[0]}', file=sys.stderr)
+      for line in (*getattr(opened, 'notices', ()), *notes.lines()):
+        print(f'{source.name}: {line}', file=sys.stderr)
 
 
 def train_bpe(found: Iterator[str], vocab: int) -> bytes:

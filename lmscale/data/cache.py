@@ -2,43 +2,45 @@
 
 A folder `<cache>/tokens/<key>` holds `tokens.bin` (all documents one after the other, each closed by the
 end-of-document id), `offsets.npy` (where each document starts), `split_keys.npy` (which side of the split it is on),
-`text_bytes.npy` (its length as text) and `meta.json`.
-The key names content, tokenizer and format, so nothing in a folder ever goes out of date.
+`text_bytes.npy` (its length as text) and `meta.json`, which holds checksums of all of them.
+The key names content, tokenizer and format, so nothing in a folder ever goes out of date; a source that changes while it is
+read leaves nothing.
 """
 
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
-import logging
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
-from lmscale.data import document, storage
-from lmscale.data.losses import Losses
-from lmscale.data.tokenizer import ByteTokenizer, Tokenizer
+from lmscale.data import document, file_digest, storage
+from lmscale.data.files import unreadable
+from lmscale.data.losses import Losses, notice_of
+from lmscale.data.reading_notes import Notes
+from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
 
 FORMAT = 1  # raise when the same text and tokenizer would give other tokens or documents
-LAYOUT = 2  # raise when other files are written for them
+LAYOUT = 3  # raise when other files are written for them
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 22, 1024  # text tokenised in one call
 PROBED, PROBED_BYTES = 16, 4096  # documents of each batch, and bytes of each, on which it is tried whether text is changed
 
-log = logging.getLogger(__name__)
-
 
 class Source(Protocol):
-  """Documents, in an order of their own."""
+  """Documents, in an order of their own.
+
+  A source may have `files`, the paths that it reads, and `notices`, a line each on what was odd about finding them.
+  """
 
   def digest(self) -> str:
     """Names the content: equal only where the documents are equal."""
 
-  def documents(self, skipped: list[str]) -> Iterable[document.Document]:
-    """The documents. `skipped` receives a 'file:line: reason' for each one left out."""
+  def documents(self, notes: Notes) -> Iterable[document.Document]:
+    """The documents. `notes` receives what was odd about them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,9 @@ class TokenStore:
   skipped: tuple[str, ...] = ()  # 'file:line: reason' of lines left out
   text_bytes: np.ndarray | None = None  # int64 [documents]: bytes of the texts; None where no text is known
   content: str = ''  # names the content alone
+  notices: tuple[str, ...] = ()  # what was odd about the texts, now or when they were tokenised, a line each
+  files: int = 0  # that it was made from
+  size: int = 0  # bytes of them
 
   def documents(self, split: str, fraction: float) -> np.ndarray:
     """int64 indices of the documents on one side ('train' or 'validation') of the split."""
@@ -60,13 +65,35 @@ class TokenStore:
 
 
 def tokenise(source: Source, tokenizer: Tokenizer, cache: pathlib.Path) -> TokenStore:
-  """The token store of `source` below `cache`, written if it is missing or damaged. ConfigError: unusable text."""
+  """The token store of `source` below `cache`, written if it is missing or damaged.
+
+  Raises:
+    ConfigError: unusable text, or it changed while it was read.
+  """
+  states = {path: _state(path) for path in getattr(source, 'files', ())}
   content = source.digest()
   described = f'{type(source).__name__} {content} {tokenizer.identity} {FORMAT}'
   key = hashlib.sha256(described.encode()).hexdigest()[:32]
-  store = storage.ensure(cache / 'tokens' / f'{key}-{LAYOUT}', lambda folder: _write(folder, source, tokenizer, key),
-                         lambda folder: _open(folder, tokenizer.identity != ByteTokenizer.identity))
-  return dataclasses.replace(store, content=content)
+
+  def write(folder: pathlib.Path) -> None:
+    _write(folder, source, tokenizer, key)
+    if source.digest() != content:
+      changed = [str(path) for path, state in states.items() if _state(path) != state]
+      raise ConfigError(f'{", ".join(changed[:3]) or "the text"} changed while it was read, so nothing of it was kept; '
+                        'start again when it is complete')
+
+  store = storage.ensure(cache / 'tokens' / f'{key}-{LAYOUT}', write, lambda folder: _open(folder, cache))
+  notices = (*getattr(source, 'notices', ()), *store.notices)
+  size = sum(size for size, _ in states.values())
+  return dataclasses.replace(store, content=content + store.content, notices=notices, files=len(states), size=size)
+
+
+def _state(path: pathlib.Path) -> tuple[int, int]:
+  try:
+    status = path.stat()
+  except OSError as error:
+    raise unreadable(path, error) from error
+  return status.st_size, status.st_mtime_ns
 
 
 def token_dtype(size: int) -> np.dtype:
@@ -113,18 +140,17 @@ def _batches(documents: Iterable[document.Document]) -> Iterator[list[document.D
 
 
 def _write(folder: pathlib.Path, source: Source, tokenizer: Tokenizer, key: str) -> None:
-  lengths, split_keys, text_bytes, skipped = [0], [], [], []
+  lengths, split_keys, text_bytes, notes = [0], [], [], Notes()
   losses = Losses(tokenizer)
   with (folder / 'tokens.bin').open('wb') as file:
-    for ids, split_key, size in tokenised(source.documents(skipped), tokenizer, losses):
-      file.write(ids.tobytes())
+    writer = file_digest.BlockWriter(file)
+    for ids, split_key, size in tokenised(source.documents(notes), tokenizer, losses):
+      writer.write(ids.tobytes())
       lengths.append(len(ids))
       split_keys.append(split_key)
       text_bytes.append(size)
-  losses.finish()
-  if skipped:
-    shown = '; '.join(itertools.islice(skipped, 10))
-    log.warning('%d lines give no text and are skipped: %s', len(skipped), shown + (', …' if len(skipped) > 10 else ''))
+    writer.finish()
+  notice_of(*losses.counts())
   arrays = {'offsets': np.cumsum(lengths, dtype=np.int64), 'split_keys': np.array(split_keys, np.uint64),
             'text_bytes': np.array(text_bytes, np.int64)}
   digests = {}
@@ -132,8 +158,8 @@ def _write(folder: pathlib.Path, source: Source, tokenizer: Tokenizer, key: str)
     np.save(folder / f'{name}.npy', array, allow_pickle=False)
     digests[name] = hashlib.sha256((folder / f'{name}.npy').read_bytes()).hexdigest()
   meta = {'format': FORMAT, 'key': key, 'tokenizer': tokenizer.identity, 'dtype': token_dtype(tokenizer.size).str,
-          'tokens': sum(lengths), 'documents': len(split_keys), 'sha256': digests, 'skipped': skipped,
-          'lost': losses.lost}
+          'tokens': sum(lengths), 'documents': len(split_keys), 'sha256': digests, 'block': file_digest.BLOCK,
+          'blocks': writer.checksums, 'notes': dataclasses.asdict(notes), 'losses': losses.counts()}
   (folder / 'meta.json').write_text(json.dumps({**meta, 'self': _hash(meta)}, indent=1), encoding='utf-8')
 
 
@@ -141,25 +167,26 @@ def _hash(meta: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
 
 
-def _open(folder: pathlib.Path, checked: bool = False) -> TokenStore:
-  """Raises ValueError, KeyError or OSError if a file is missing or has not the size or hash that was written, or, where
-  `checked`, if nobody counted what the tokenizer lost."""
+def _open(folder: pathlib.Path, cache: pathlib.Path) -> TokenStore:
+  """Raises ValueError, KeyError, TypeError or OSError if a file is missing or is not what was written."""
   meta: dict[str, Any] = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
   if meta.pop('self') != _hash(meta):
-    raise ValueError(f'{folder}: meta.json changed')
-  if checked and 'lost' not in meta:
-    raise ValueError(f'{folder}: written before losses were counted')
+    raise ValueError('meta.json changed')
   dtype = np.dtype(meta['dtype'])
   arrays = {}
   for name in ('offsets', 'split_keys', 'text_bytes'):
     raw = (folder / f'{name}.npy').read_bytes()
     if hashlib.sha256(raw).hexdigest() != meta['sha256'][name]:
-      raise ValueError(f'{folder}: {name}.npy changed')
+      raise ValueError(f'{name}.npy changed')
     arrays[name] = np.load(io.BytesIO(raw), allow_pickle=False)
   path = folder / 'tokens.bin'
-  if path.stat().st_size != meta['tokens'] * dtype.itemsize:
-    raise ValueError(f'{folder}: tokens.bin has {path.stat().st_size} bytes, not {meta["tokens"]} * {dtype.itemsize}')
+  if path.stat().st_size != meta['tokens'] * dtype.itemsize or meta['block'] != file_digest.BLOCK:
+    raise ValueError(f'tokens.bin has {path.stat().st_size} bytes, not {meta["tokens"]} * {dtype.itemsize}')
+  file_digest.check_blocks(path, meta['blocks'], cache)
   empty = meta['tokens'] == 0  # which cannot be mapped
   tokens = np.zeros(0, dtype) if empty else np.memmap(path, dtype, 'r')
   sizes = arrays['text_bytes'] if (arrays['text_bytes'] >= 0).all() else None
-  return TokenStore(meta['key'], tokens, arrays['offsets'], arrays['split_keys'], tuple(meta['skipped']), sizes)
+  notes = Notes(**meta['notes'])
+  notices = filter(None, [*notes.lines(), notice_of(*meta['losses'])])
+  return TokenStore(meta['key'], tokens, arrays['offsets'], arrays['split_keys'], tuple(notes.skipped), sizes,
+                    ' decoded' if notes.decoded else '', tuple(notices))

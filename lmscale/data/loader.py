@@ -61,8 +61,8 @@ class Loader:
       for source, store, copy in zip(self.sources, self.stores, self.copies, strict=True)
     ]
     self.contents = same_content.first_equal(self.stores)
-    if split == 'train':  # told once
-      self._tell_equal_sources()
+    if split == 'train':  # a run opens both splits
+      self._tell()
     self.identity = self._identity(seed, data.validation)
 
   def _identity(self, seed: int, fraction: float) -> dict[str, Any]:
@@ -72,7 +72,10 @@ class Loader:
     return {'tokenizer': self.tokenizer.identity, 'sources': sources, 'seq_len': self.seq_len, 'seed': seed,
             'split': self.split, 'validation': fraction, 'version': [VERSION, cache_lib.FORMAT]}
 
-  def _tell_equal_sources(self) -> None:
+  def _tell(self) -> None:
+    for source, store in zip(self.sources, self.stores, strict=True):
+      for notice in store.notices:
+        log.warning('%s: %s', source.name, notice)
     for i, first in enumerate(self.contents):
       if first != i:
         log.warning('data.sources %r and %r hold the same texts: they are passed over together, each in an order of its own',
@@ -102,9 +105,10 @@ class Loader:
     return out
 
   def summary(self) -> list[dict[str, Any]]:
-    """Per source: name, documents and tokens of this split, weight (they sum to 1), lines skipped when reading."""
+    """Per source: name, documents and tokens of this split, weight (they sum to 1), lines skipped when reading, files and
+    bytes that were read."""
     return [{'name': sampler.name, 'documents': len(sampler.documents), 'tokens': sampler.tokens, 'weight': weight,
-             'skipped': len(sampler.store.skipped)}
+             'skipped': len(sampler.store.skipped), 'files': sampler.store.files, 'bytes': sampler.store.size}
             for sampler, weight in zip(self.samplers, self.blend.weights, strict=True)]
 
   def epochs(self, samples: int) -> dict[str, float]:

@@ -74,14 +74,20 @@ def total(parts: Iterable[Sequence]) -> tuple[int, int, str, str]:
 
 
 def report(lost: int, characters: int, example: str, changed: str) -> None:
-  """Says what was lost or changed. Raises ConfigError if more than `MOST` of the characters are lost."""
+  """Logs what was lost or changed. Raises ConfigError if more than `MOST` of the characters are lost."""
+  if found := notice_of(lost, characters, example, changed):
+    log.warning('%s', found)
+
+
+def notice_of(lost: int, characters: int, example: str, changed: str) -> str:
+  """What was lost or changed, in a line; empty where nothing was. Raises ConfigError if more than `MOST` of the characters
+  are lost."""
   said = f'the tokenizer loses {lost / max(characters, 1):.2%} of the text, {lost:,} of {characters:,} characters: {example}'
   if lost > MOST * characters:
     raise ConfigError(f'{said}; at most {MOST:.0%} may be lost: {ADVICE}')
   if lost:
-    log.warning('%s; bits per byte count the original bytes', said)
-  elif changed:
-    log.warning('the tokenizer does not keep every text: %s; bits per byte count the original bytes', changed)
+    return f'{said}; bits per byte count the original bytes'
+  return f'the tokenizer does not keep every text: {changed}; bits per byte count the original bytes' if changed else ''
 
 
 def count_lost(before: str, after: str) -> int:

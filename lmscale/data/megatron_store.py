@@ -6,24 +6,23 @@ text). With them the split into training and validation is that of the texts the
 """
 
 import hashlib
+import io
 import itertools
 import json
-import logging
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from lmscale.data import document, files, megatron, storage
+from lmscale.data import document, file_digest, megatron, storage
 from lmscale.data.cache import TokenStore
 from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
 
 FORMAT = 1  # raise when the same files would give other tokens or documents
+LAYOUT = 2  # raise when other files are written about them
 MAX_META = 1 << 26  # bytes
 SCANNED = 1 << 24  # tokens at a time
-
-log = logging.getLogger(__name__)
 
 
 def open_store(path: str, tokenizer: Tokenizer, cache: pathlib.Path) -> TokenStore:
@@ -39,10 +38,11 @@ def open_store(path: str, tokenizer: Tokenizer, cache: pathlib.Path) -> TokenSto
   if index.dtype.kind == 'f':
     raise ConfigError(f'{prefix}.idx: tokens of {index.dtype} are no ids')
   idx, tokens_file = (megatron.with_ending(prefix, ending) for ending in ('.idx', '.bin'))
-  hashes = {'idx': files.digest(idx, cache).hex(), 'bin': files.digest(tokens_file, cache).hex()}
+  hashes = {'idx': file_digest.digest(idx, cache).hex(), 'bin': file_digest.digest(tokens_file, cache).hex()}
   known = read_sidecar(prefix, hashes, len(index.documents) - 1)
+  notices = ()
   if known is None:
-    log.warning('%s: no .meta.json beside it says which tokenizer made it; check that it was data.tokenizer', prefix)
+    notices = (f'{prefix}: no .meta.json beside it says which tokenizer made it; check that it was data.tokenizer',)
   elif known['tokenizer'] != tokenizer.identity:
     raise ConfigError(f'{prefix}: made with the tokenizer {known["tokenizer"]}, but data.tokenizer is {tokenizer.identity}; '
                       'give the one it was made with')
@@ -50,7 +50,7 @@ def open_store(path: str, tokenizer: Tokenizer, cache: pathlib.Path) -> TokenSto
   tokens = np.zeros(0, index.dtype) if empty else np.memmap(tokens_file, index.dtype, 'r')
   offsets = index.offsets
   scanned = hashlib.sha256(f'{hashes["idx"]} {hashes["bin"]} {FORMAT}'.encode()).hexdigest()[:32]
-  low, high, split_keys = _scan(tokens, offsets, cache / 'megatron' / scanned)
+  low, high, split_keys = _scan(tokens, offsets, cache / 'megatron' / f'{scanned}-{LAYOUT}')
   if not empty and (low < 0 or high >= tokenizer.size):
     raise ConfigError(f'{tokens_file}: ids from {low} to {high}, but data.tokenizer has the ids 0 to {tokenizer.size - 1}: '
                       'give the tokenizer it was made with')
@@ -59,7 +59,8 @@ def open_store(path: str, tokenizer: Tokenizer, cache: pathlib.Path) -> TokenSto
     split_keys, sizes = known['split_keys'], known['text_bytes']
   content = hashlib.sha256(f'{hashes["idx"]} {hashes["bin"]} {known and known["documents"]}'.encode()).hexdigest()
   identity = hashlib.sha256(f'megatron {content} {FORMAT}'.encode()).hexdigest()[:32]
-  return TokenStore(identity, tokens, offsets, split_keys, (), sizes, content)
+  return TokenStore(identity, tokens, offsets, split_keys, (), sizes, content, notices, files=2,
+                    size=idx.stat().st_size + tokens_file.stat().st_size)
 
 
 def _scan(tokens: np.ndarray, offsets: np.ndarray, folder: pathlib.Path) -> tuple[int, int, np.ndarray]:
@@ -72,11 +73,15 @@ def _scan(tokens: np.ndarray, offsets: np.ndarray, folder: pathlib.Path) -> tupl
       low, high = min(low, int(part.min())), max(high, int(part.max()))
     keys = (document.split_key(tokens[a:b].astype('<i8').tobytes()) for a, b in itertools.pairwise(offsets))
     np.save(folder / 'split_keys.npy', np.fromiter(keys, np.uint64, len(offsets) - 1), allow_pickle=False)
-    (folder / 'ids.json').write_text(json.dumps({'low': low, 'high': high}))
+    found = hashlib.sha256((folder / 'split_keys.npy').read_bytes()).hexdigest()
+    (folder / 'ids.json').write_text(json.dumps({'low': low, 'high': high, 'sha256': found}))
 
   def read(folder: pathlib.Path) -> tuple[int, int, np.ndarray]:
     found = json.loads((folder / 'ids.json').read_text())
-    keys = np.load(folder / 'split_keys.npy', allow_pickle=False)
+    raw = (folder / 'split_keys.npy').read_bytes()
+    if hashlib.sha256(raw).hexdigest() != found['sha256']:
+      raise ValueError('split_keys.npy changed')
+    keys = np.load(io.BytesIO(raw), allow_pickle=False)
     if keys.shape != (len(offsets) - 1,) or keys.dtype != np.uint64:
       raise ValueError(f'{folder}: split keys {keys.shape} {keys.dtype}')
     return int(found['low']), int(found['high']), keys
@@ -99,7 +104,7 @@ def read_sidecar(prefix: pathlib.Path, hashes: dict[str, str], documents: int) -
     meta = json.loads(path.read_text('utf-8'))
     found = {'tokenizer': str(meta['tokenizer']), 'documents': str(meta['sha256']['documents'])}
     changed = [name for name in hashes if meta['sha256'][name] != hashes[name]]
-    if changed or files.digest(arrays).hex() != found['documents']:
+    if changed or file_digest.digest(arrays).hex() != found['documents']:
       raise ConfigError(f'{path}: belongs to other files: .{changed[0] if changed else "documents.npy"} has changed; '
                         'build the data set again, or delete .meta.json and .documents.npy')
     both = np.load(arrays, allow_pickle=False)

@@ -19,8 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from lmscale import config as config_lib
-from lmscale.data import document
-from lmscale.data import files as files_lib
+from lmscale.data import document, file_digest
 
 STREAMS = ('code', 'prose')
 FORMAT = 1  # raise when the same sources would give other documents
@@ -47,7 +46,7 @@ def version(root: pathlib.Path, files: Sequence[pathlib.Path]) -> str:
   """For example 'py3.12.1-0f3a…': the running Python and the SHA-256 (16 digits) of names and content of `files`."""
   total = hashlib.sha256(f'{FORMAT}'.encode())
   for path in files:
-    content = files_lib.digest(path).hex()
+    content = file_digest.digest(path).hex()
     total.update(f'{path.relative_to(root).as_posix()} {content}\n'.encode())
   return f'py{platform.python_version()}-{total.hexdigest()[:16]}'
 

@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 
 from lmscale.data import document, stdlib
+from lmscale.data.reading_notes import Notes
 from lmscale.errors import ConfigError
 
 
@@ -22,7 +23,7 @@ class StdlibSource:
     """Names the Python version, the sources' content and the stream."""
     return f'{stdlib.version(self.root, self.files)}-{self.stream}'
 
-  def documents(self, skipped: list[str]) -> Iterator[document.Document]:
+  def documents(self, notes: Notes) -> Iterator[document.Document]:
     """The stream's documents in order of path, read from the prepared data set."""
     from lmscale.data import stdlib_dataset  # imported where used: TFDS is not needed once the tokens are cached
     for example in stdlib_dataset.prepare(self.cache, self.root, self.files)[self.stream]:

@@ -5,6 +5,8 @@ others throw theirs away.
 """
 
 import contextlib
+import errno
+import logging
 import os
 import pathlib
 import shutil
@@ -21,6 +23,7 @@ STALE = 24 * 3600  # seconds without a write after which a temporary folder was 
 PREFIX = 'tmp-'
 
 T = TypeVar('T')
+log = logging.getLogger(__name__)
 
 
 def cache_root(configured: str = '') -> pathlib.Path:
@@ -32,8 +35,8 @@ def ensure(folder: pathlib.Path, build: Callable[[pathlib.Path], None],
            open_folder: Callable[[pathlib.Path], T]) -> T:
   """`open_folder(folder)`, after `build(empty folder)` if the folder is missing or `open_folder` finds it damaged.
 
-  `open_folder` says damaged by raising anything. Raises ConfigError if the cache cannot be written and RuntimeError
-  if a folder cannot be opened just after it was built.
+  `open_folder` says damaged by raising anything; a log line tells. What was built is on the disk before it has its name.
+  Raises ConfigError if the cache cannot be written and RuntimeError if a folder cannot be opened just after it was built.
   """
   for _ in range(ATTEMPTS):
     if not folder.is_dir():
@@ -44,6 +47,7 @@ def ensure(folder: pathlib.Path, build: Callable[[pathlib.Path], None],
     except Exception as error:  # noqa: BLE001 - whatever a damaged file makes a reader raise; it may also be being replaced
       failure = error
     if found == _inode(folder):  # else another process has replaced it meanwhile
+      log.warning('%s is damaged and built again: %s', folder, ' '.join(f'{failure}'.split())[:200] or type(failure).__name__)
       with _writable(folder):
         _discard(folder)
   raise RuntimeError(f'{folder} is damaged again after it was rebuilt: {failure}') from failure
@@ -57,13 +61,33 @@ def _build(folder: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
       _remove_stale(folder.parent)
       temporary.mkdir()
       build(temporary)
+      _sync(temporary)
       try:
         temporary.rename(folder)
+        _sync_one(folder.parent)
       except OSError:
         if not folder.is_dir():  # otherwise another process was first: its copy is as good
           raise
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: pathlib.Path) -> None:
+  """Has a folder and all below it on the disk: a name that outlives a loss of power must not stand for zeros."""
+  for path in (*folder.rglob('*'), folder):
+    if path.is_file() or path.is_dir():
+      _sync_one(path)
+
+
+def _sync_one(path: pathlib.Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folders
+      raise
+  finally:
+    os.close(descriptor)
 
 
 def _inode(folder: pathlib.Path) -> int | None:

@@ -1,20 +1,20 @@
 """Plain text files and JSONL as documents.
 
-Policy for bad input: invalid UTF-8 is replaced by U+FFFD and counted, a byte order mark is dropped, line ends and NUL are kept,
-an empty text is no document. A JSONL line that gives no text is skipped and noted, up to `MAX_SKIPPED` per file. An
-archive that breaks off is an error after its last whole line: no text is lost in silence.
+Policy for bad input: see `encoding.py` for what is no UTF-8; line ends and NUL are kept, an empty text is no document. A JSONL
+line that gives no text is skipped and noted, up to `MAX_SKIPPED` per file. An archive that breaks off is an error after
+its last whole line: no text is lost in silence.
 """
 
 import hashlib
 import json
-import logging
 import pathlib
 from collections.abc import Iterator
 
-from lmscale.data import document, files
+from lmscale.data import document, file_digest, files
+from lmscale.data.reading_notes import Notes
+from lmscale.data.sources import encoding
+from lmscale.data.sources.find_files import find_files
 from lmscale.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 100  # lines of one file
 MAX_TEXT = 1 << 24  # bytes of a text file that are one document; a longer file is cut after line ends
@@ -31,24 +31,30 @@ class TextSource:
     Raises:
       ConfigError: that is no file.
     """
-    self.files = files.find_files(path, self.suffix)
+    self.files, self.notices = find_files(path, self.suffix)
     self.cache = cache
 
   def digest(self) -> str:
     """SHA-256 over the files' bytes in order; their names and places do not count."""
     total = hashlib.sha256(self.suffix.encode())
     for path in self.files:
-      total.update(files.digest(path, self.cache))
+      total.update(file_digest.digest(path, self.cache))
     return total.hexdigest()
 
-  def documents(self, skipped: list[str]) -> Iterator[document.Document]:
-    """The documents in order of path. `skipped` receives a 'file:line: reason' for each one left out."""
-    replaced = _Replaced()
+  def documents(self, notes: Notes) -> Iterator[document.Document]:
+    """The documents in order of path. `notes` receives what was odd. ConfigError where too much is no text."""
     for path in self.files:
-      for raw in _pieces(path):
-        if text := replaced.valid(raw, path).encode():
+      check = encoding.Checked(f'data file {path}', notes)
+      for raw in _pieces(path, notes):
+        text = check.text(raw, path).encode()
+        check.judge()
+        if text:
           yield document.Document(text, document.split_key(text))
-    replaced.report()
+    self._judge_all(notes)
+
+  def _judge_all(self, notes: Notes) -> None:
+    """Many small files, each with a little that is no text."""
+    encoding.judge(notes.size, notes.bad, f'{len(self.files)} data files, the first of them {notes.first_bad}')
 
 
 class JsonlSource(TextSource):
@@ -65,59 +71,37 @@ class JsonlSource(TextSource):
     found = super().digest()
     return found if self.field == 'text' else f'{found} {self.field!r}'
 
-  def documents(self, skipped: list[str]) -> Iterator[document.Document]:
-    replaced = _Replaced()
+  def documents(self, notes: Notes) -> Iterator[document.Document]:
+    """As for text files. `notes.skipped` receives a 'file:line: reason' for each line without text."""
     for path in self.files:
-      bad = 0
-      for number, line in files.lines(path):
-        text, reason = _parse(line, self.field, replaced, f'{path}:{number}')
+      bad, check = 0, encoding.Checked(f'data file {path}', notes)
+      for number, line in files.lines(path, notes):
+        text, reason = _parse(line, self.field, check, f'{path}:{number}')
         if reason:
           bad += 1
-          skipped.append(f'{path}:{number}: {reason}')
+          notes.skipped.append(f'{path}:{number}: {reason}')
           if bad > MAX_SKIPPED:
+            check.judge()
             raise ConfigError(f'{path}:{number}: {reason}; more than {MAX_SKIPPED} lines of this file '
                               f'give no text: is it JSON lines with a string field {json.dumps(self.field)}?')
         if text:
           yield document.Document(text, document.split_key(text))
-    replaced.report()
+      check.judge()
+    self._judge_all(notes)
 
 
-class _Replaced:
-  """Counts what is no text and becomes U+FFFD."""
-
-  def __init__(self):
-    self.count, self.first = 0, ''
-
-  def note(self, count: int, place: object) -> None:
-    self.first = self.first or (str(place) if count else '')
-    self.count += count
-
-  def valid(self, raw: bytes, place: object) -> str:
-    """`raw` as text."""
-    try:
-      return raw.decode()
-    except UnicodeDecodeError:
-      text = raw.decode('utf-8', 'replace')
-      self.note(text.count('\ufffd') - raw.count('\ufffd'.encode()), place)
-      return text
-
-  def report(self) -> None:
-    if self.count:
-      log.warning('%d pieces of invalid UTF-8 became U+FFFD, the first in %s', self.count, self.first)
-
-
-def _pieces(path: pathlib.Path) -> Iterator[bytes]:
-  """The file without its byte order mark, in pieces of at most `MAX_TEXT` bytes that end with a line if one does."""
+def _pieces(path: pathlib.Path, notes: Notes) -> Iterator[bytes]:
+  """The file as UTF-8 in pieces of at most `MAX_TEXT` bytes that end with a line if one does."""
   held, done = b'', 0
 
   def taken(size: int) -> bytes:
     nonlocal held, done
     piece, held = held[:size], held[size:]
     done += size
-    return piece.removeprefix(files.BOM) if done == size else piece
+    return piece.removeprefix(encoding.BOM) if done == size else piece
 
   try:
-    for block in files.blocks(path):
+    for block in encoding.utf8_blocks(files.blocks(path), path, notes):
       held += block
       while len(held) > MAX_TEXT:
         yield taken(_cut(held))
@@ -134,30 +118,32 @@ def _cut(text: bytes) -> int:
   return next((at for at in range(MAX_TEXT, max(MAX_TEXT - 4, 0), -1) if text[at] & 0xc0 != 0x80), MAX_TEXT)
 
 
-def _parse(line: bytes | None, field: str, replaced: _Replaced, place: str) -> tuple[bytes, str]:
+def _parse(line: bytes | None, field: str, check: encoding.Checked, place: str) -> tuple[bytes, str]:
   """(UTF-8 text, '') or (b'', why the line gives no text)."""
   if line is None:
     return b'', f'longer than {files.MAX_LINE} bytes'
-  name = json.dumps(field)
+  name = json.dumps(field, ensure_ascii=False)
   try:
-    text = replaced.valid(line, place)
-    record = json.loads(text)
-    twice = text.count(name) > 1 and isinstance(record, dict) and _count(text, field) > 1
+    record = json.loads(check.text(line, place), object_pairs_hook=_Pairs)
   except (ValueError, RecursionError) as error:
     reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
     return b'', f'broken JSON ({reason})'
-  if not isinstance(record, dict):
+  if not isinstance(record, _Pairs):
     return b'', 'not a JSON object'
-  if field not in record:
+  values = [value for key, value in record if key == field]
+  if not values:
     return b'', f'no field {name}'
-  if twice:
+  if len(values) > 1:
     return b'', f'field {name} twice'
-  if not isinstance(record[field], str):
+  if not isinstance(values[0], str):
     return b'', f'field {name} is not a string'
-  replaced.note(sum('\ud800' <= c <= '\udfff' for c in record[field]) if '\\u' in text else 0, place)
-  return document.to_utf8(record[field]), ''
+  check.notes.note_replaced(_surrogates(values[0]) if b'\\u' in line else 0, place)
+  return document.to_utf8(values[0]), ''
 
 
-def _count(text: str, field: str) -> int:
-  """How often the outermost object has the key; json keeps only the last."""
-  return sum(key == field for key, _ in json.loads(text, object_pairs_hook=list))
+class _Pairs(list):
+  """A JSON object as (key, value) pairs: a dict would keep the last of equal keys."""
+
+
+def _surrogates(text: str) -> int:
+  return sum('\ud800' <= c <= '\udfff' for c in text)

@@ -17,7 +17,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from lmscale.data import document, files
+from lmscale.data import document, file_digest, files
+from lmscale.data.reading_notes import Notes
+from lmscale.data.sources import encoding
 from lmscale.errors import ConfigError
 
 FORMAT = 'array_record'
@@ -52,11 +54,33 @@ class TfdsSource:
     """SHA-256 over the split's files, its name and the field."""
     total = hashlib.sha256(f'{self.split} {self.field}'.encode())
     for path in [self.folder / 'features.json', *self.files]:
-      total.update(files.digest(path, self.cache))
+      total.update(file_digest.digest(path, self.cache))
     return total.hexdigest()
 
-  def documents(self, skipped: list[str]) -> Iterator[document.Document]:
-    """The examples in order. `skipped` receives a line for each without text. Raises ConfigError if one cannot be read."""
+  def documents(self, notes: Notes) -> Iterator[document.Document]:
+    """The examples in order. `notes` receives what was odd, a line in `skipped` for each without text.
+
+    Raises:
+      ConfigError: an example cannot be read, or too much is no text.
+    """
+    place = f'{self.folder}:{self.split}'
+    check = encoding.Checked(place, notes)
+    for number, value in self._values():
+      raw = (value if isinstance(value, bytes) else str(value).encode()) if self.is_text else b''
+      text = check.text(encoding.decoded(raw, f'{place}:{number}', notes), f'{place}:{number}').encode()
+      if not (text if self.is_text else len(value)):
+        notes.skipped.append(f'{place}:{number}: empty {self.field}')
+      elif self.is_text:
+        yield document.Document(text, document.split_key(text))
+      else:
+        ids = np.asarray(value)
+        yield document.Document(b'', document.split_key(ids.astype('<i8').tobytes()), ids)
+      if number % READ == 0:
+        check.judge()
+    check.judge()
+
+  def _values(self) -> Iterator[tuple[int, Any]]:
+    """(number, the field's value) of each example."""
     for first in range(0, len(self.examples), READ):
       numbers = range(first, min(first + READ, len(self.examples)))
       try:
@@ -65,17 +89,7 @@ class TfdsSource:
         raise ConfigError(f'{self.folder}: examples {first}.. cannot be read: {one_line(error)}') from error
       if len(found) != len(numbers):
         raise ConfigError(f'{self.folder}: {len(found)} examples were read where {len(numbers)} are stored')
-      for number, example in zip(numbers, found, strict=True):
-        value = example[self.field]
-        if not len(value):
-          skipped.append(f'{self.folder}:{self.split}:{number}: empty {self.field}')
-        elif self.is_text:
-          text = value if isinstance(value, bytes) else str(value).encode()
-          text = text.decode('utf-8', 'replace').encode()
-          yield document.Document(text, document.split_key(text))
-        else:
-          ids = np.asarray(value)
-          yield document.Document(b'', document.split_key(ids.astype('<i8').tobytes()), ids)
+      yield from ((number, example[self.field]) for number, example in zip(numbers, found, strict=True))
 
 
 def find_folder(path: str) -> pathlib.Path:

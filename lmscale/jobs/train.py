@@ -81,10 +81,11 @@ def check_folder(folder: pathlib.Path) -> None:
 
 
 def format_data(loader: Loader, samples: int) -> str:
-  """One line per source: its tokens, its share of the blend, and how often the run passes over it."""
+  """One line per source: its tokens, its share of the blend, how often the run passes over it, and what was read."""
   epochs = loader.epochs(samples)
   return '\n'.join(
     f'data {source["name"]:<12} {source["tokens"]:,} tokens in {source["documents"]:,} documents, '
-    f'{source["weight"]:.0%} of the blend, {epochs[source["name"]]:.2f} epochs'
+    f'{source["weight"]:.0%} of the blend, {epochs[source["name"]]:.2f} epochs, '
+    f'{source["files"]:,} file{"s" * (source["files"] != 1)} of {source["bytes"]:,} bytes'
     for source in loader.summary()
   )

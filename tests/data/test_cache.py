@@ -1,11 +1,11 @@
 import json
-import logging
+import pathlib
 
 import numpy as np
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data import cache, document, source
+from lmscale.data import cache, document, file_digest, source
 from lmscale.data.text import JsonlSource, TextSource
 from lmscale.data.tokenizer import ByteTokenizer
 
@@ -53,13 +53,24 @@ def test_the_key_is_content_and_tokenizer(tmp_path, monkeypatch):
   assert open_store(tmp_path / 'a', tmp_path).identity != first.identity
 
 
-@pytest.mark.parametrize('damage', ['tokens.bin', 'offsets.npy', 'split_keys.npy', 'meta.json', 'missing', 'bit'])
-def test_damage_is_found_and_repaired(tmp_path, damage):
+@pytest.mark.parametrize('damage', ['tokens.bin', 'offsets.npy', 'split_keys.npy', 'text_bytes.npy', 'meta.json', 'missing', 'bit',
+                                    'zeros', 'one token', 'no checksums'])
+def test_damage_is_found_told_and_repaired(tmp_path, damage, caplog):
   folder = write_files(tmp_path / 'text')
   whole = np.array(open_store(folder, tmp_path).tokens)
   stored, = (tmp_path / 'tokens').iterdir()
   if damage == 'missing':
     (stored / 'tokens.bin').unlink()
+  elif damage == 'zeros':  # as a loss of power leaves it
+    (stored / 'tokens.bin').write_bytes(bytes((stored / 'tokens.bin').stat().st_size))
+  elif damage == 'one token':
+    raw = bytearray((stored / 'tokens.bin').read_bytes())
+    raw[-4] ^= 1
+    (stored / 'tokens.bin').write_bytes(raw)
+  elif damage == 'no checksums':  # as an earlier version wrote it
+    meta = json.loads((stored / 'meta.json').read_text())
+    del meta['blocks'], meta['self']
+    (stored / 'meta.json').write_text(json.dumps({**meta, 'self': cache._hash(meta)}))
   elif damage == 'bit':
     raw = bytearray((stored / 'offsets.npy').read_bytes())
     raw[-20] ^= 1
@@ -67,20 +78,22 @@ def test_damage_is_found_and_repaired(tmp_path, damage):
   else:
     raw = (stored / damage).read_bytes()
     (stored / damage).write_bytes(raw[:len(raw) // 4 * 2])  # a whole number of tokens
-  with pytest.raises((ValueError, OSError)):
-    cache._open(stored)
+  with pytest.raises((ValueError, KeyError, OSError)):
+    cache._open(stored, tmp_path)
+  caplog.clear()
   assert np.array_equal(open_store(folder, tmp_path).tokens, whole)
-  cache._open(stored)
+  assert [record.getMessage().partition(' is damaged and built again: ')[0] for record in caplog.records] == [str(stored)]
+  cache._open(stored, tmp_path)
 
 
-def test_skipped_lines_are_kept_and_logged_once(tmp_path, caplog):
+def test_what_was_odd_is_known_at_every_start(tmp_path):
   path = tmp_path / 'a.jsonl'
-  path.write_text('{"text": "one"}\nbroken\n{"text": "two"}\n')
-  for _ in range(2):
-    with caplog.at_level(logging.WARNING):
-      store = cache.tokenise(JsonlSource(str(path)), ByteTokenizer(), tmp_path)
+  path.write_bytes(b'{"text": "one \xff"}\nbroken\n{"text": "two"}\n')
+  for start in ('the text is tokenised', 'the cache is hit'):
+    store = cache.tokenise(JsonlSource(str(path)), ByteTokenizer(), tmp_path)
     assert len(store.skipped) == 1 and f'{path}:2: broken JSON' in store.skipped[0]
-  assert len(caplog.records) == 1 and f'{path}:2' in caplog.text
+    assert store.notices == (f'1 pieces of invalid UTF-8 became U+FFFD, the first in {path}:1',
+                             f'1 lines give no text and are skipped: {path}:2: broken JSON (Expecting value)'), start
 
 
 def test_too_many_broken_lines_leave_no_cache(tmp_path):
@@ -117,7 +130,7 @@ class Ids:
   def digest(self):
     return repr(self.ids)
 
-  def documents(self, skipped):
+  def documents(self, notes):
     return [document.Document(b'', i, ids) for i, ids in enumerate(self.ids)]
 
 
@@ -137,3 +150,57 @@ def test_batches_hold_every_document_in_order(tmp_path, monkeypatch):
   parts = open_store(tmp_path / 'text', tmp_path / 'two')
   assert np.array_equal(whole.tokens, parts.tokens) and np.array_equal(whole.offsets, parts.offsets)
   assert parts.text_bytes.tolist() == [len(f'text {i}' * (i + 1)) for i in range(20)]
+
+
+class Growing(TextSource):
+  """Somebody else still writes the first file."""
+
+  def documents(self, notes):
+    for found in super().documents(notes):
+      with self.files[0].open('a') as file:
+        file.write('more')
+      yield found
+
+
+class Replaced(TextSource):
+  """Somebody changes a file that was read, to a text of the same length."""
+
+  def documents(self, notes):
+    yield from super().documents(notes)
+    self.files[1].write_text('TEXT 1' * 2)
+
+
+@pytest.mark.parametrize(('kind', 'name'), [(Growing, '00.txt'), (Replaced, '01.txt')])
+def test_a_source_that_changes_while_it_is_read_leaves_nothing(tmp_path, kind, name):
+  folder = write_files(tmp_path / 'text', 3)
+  with pytest.raises(config_lib.ConfigError, match=rf'text/{name} changed while it was read.*nothing of it was kept') as caught:
+    cache.tokenise(kind(str(folder)), ByteTokenizer(), tmp_path / 'cache')
+  assert '\n' not in str(caught.value) and list((tmp_path / 'cache' / 'tokens').iterdir()) == []
+  now = b''.join(path.read_bytes() + b'|' for path in sorted(folder.iterdir()))
+  tokens = open_store(folder, tmp_path / 'cache').tokens
+  assert bytes(np.where(tokens == 256, ord('|'), tokens).astype(np.uint8)) == now  # the next start reads what is there then
+
+
+def test_a_cache_that_is_only_read_serves(tmp_path, monkeypatch):
+  """A shared cache of somebody else's: nothing can be written, not even that it was checked."""
+  folder = write_files(tmp_path / 'text')
+  whole = np.array(open_store(folder, tmp_path / 'cache').tokens)
+  monkeypatch.setattr(file_digest, 'SETTLED', -1.0)
+  monkeypatch.setattr(file_digest, 'KEPT_FROM', 1)
+
+  def refuse(*args, **kwargs):
+    raise PermissionError(13, 'Permission denied')
+  for name in ('mkdir', 'rename', 'write_text', 'write_bytes'):
+    monkeypatch.setattr(pathlib.Path, name, refuse)
+  assert np.array_equal(open_store(folder, tmp_path / 'cache').tokens, whole)
+
+
+def test_content_names_the_decoding_of_what_is_not_utf_8(tmp_path):
+  """An earlier version read the same bytes as other text: a run that goes on must be told."""
+  (tmp_path / 'a.txt').write_bytes('some text'.encode('utf-16'))
+  (tmp_path / 'b.txt').write_bytes(b'some text')
+  first, other = (open_store(tmp_path / name, tmp_path / 'cache') for name in ('a.txt', 'b.txt'))
+  assert first.tokens.tolist() == other.tokens.tolist()
+  assert first.content == TextSource(str(tmp_path / 'a.txt')).digest() + ' decoded'
+  assert other.content == TextSource(str(tmp_path / 'b.txt')).digest()
+  assert (first.files, first.size) == (1, 20)

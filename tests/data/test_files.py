@@ -1,6 +1,6 @@
 import gzip
-import hashlib
 import os
+import struct
 import tracemalloc
 import zlib
 
@@ -9,7 +9,9 @@ import hypothesis.strategies as st
 import pytest
 import zstandard
 
-from lmscale.data import files
+from lmscale.data import file_digest, files
+from lmscale.data.reading_notes import Notes
+from lmscale.data.sources import encoding
 from lmscale.errors import ConfigError
 
 PACK = {'gz': gzip.compress, 'zst': zstandard.ZstdCompressor().compress}
@@ -42,6 +44,28 @@ def test_a_long_zstd_window_is_read(tmp_path):
   assert content(write(tmp_path, 'a.zst', packed)) == b'x' * 1000
 
 
+def skippable(content, kind=0):
+  return struct.pack('<II', 0x184D2A50 + kind, len(content)) + content
+
+
+def test_zstd_frames_of_other_data_are_passed_over(tmp_path):
+  """pzstd begins with one that holds the size of the next frame."""
+  pack = PACK['zst']
+  for kind in (0, 15):
+    other = skippable(b'abcd', kind)
+    assert content(write(tmp_path, 'a.zst', other + pack(b'one') + other + other + pack(b'two') + other)) == b'onetwo'
+    assert content(write(tmp_path, 'a', other + pack(b'one'))) == b'one'  # told by the first bytes, not the name
+    assert content(write(tmp_path, 'b.zst', other)) == b''
+    assert content(write(tmp_path, 'b.zst', skippable(b'', kind) + pack(b'') + pack(b'x'))) == b'x'
+    for size in range(4, len(other)):
+      with pytest.raises(files.Damaged, match='truncated'):
+        content(write(tmp_path, 'c.zst', other[:size]))
+      with pytest.raises(files.Damaged, match='truncated'):
+        content(write(tmp_path, 'c.zst', pack(b'one') + other[:size]))
+  with pytest.raises(files.Damaged, match='damaged'):
+    content(write(tmp_path, 'd.zst', skippable(b'abcd') + b'text behind it'))
+
+
 @KINDS
 def test_every_truncation_is_noticed(tmp_path, kind):
   packed = PACK[kind](b'one\ntwo\nthree\n' + os.urandom(50))
@@ -58,7 +82,7 @@ def test_what_was_whole_is_given_before_the_error(tmp_path, kind, kept):
   path = write(tmp_path, f'a.{kind}', packed[:int(kept * len(packed))])
   found = []
   with pytest.raises(ConfigError) as caught:
-    for number, line in files.lines(path):
+    for number, line in files.lines(path, Notes()):
       found.append(line)
       assert number == len(found)
   assert found == lines[:len(found)]
@@ -97,69 +121,30 @@ def test_a_bomb_goes_off_in_bounded_memory(tmp_path, kind, monkeypatch):
   assert sum(map(len, files.blocks(path))) == 1 << 25
 
 
+def is_plain(raw):
+  return not raw.startswith((*encoding.MARKS, *(magic for magic, _, _ in encoding.MAGICS)))
+
+
 @hypothesis.settings(deadline=None, max_examples=60)
-@hypothesis.given(st.binary(max_size=60).map(lambda raw: raw.replace(b'\x1f', b'\n')), st.integers(1, 9), st.integers(1, 30))
+@hypothesis.given(st.binary(max_size=60).map(lambda raw: raw.replace(b'\x1f', b'\n')).filter(is_plain), st.integers(1, 9), st.integers(1, 30))
 def test_lines_are_those_of_split(tmp_path_factory, raw, block, longest):
   path = tmp_path_factory.mktemp('lines') / 'a'
   path.write_bytes(raw)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(files, 'BLOCK', block)
     patch.setattr(files, 'MAX_LINE', longest)
-    found = list(files.lines(path))
+    found = list(files.lines(path, Notes()))
   expected = []
-  for number, line in enumerate(raw.split(b'\n'), 1):
+  for number, line in enumerate(raw.removeprefix(encoding.BOM).split(b'\n'), 1):
     if len(line) > longest:
       expected.append((number, None))
-    elif (line.removeprefix(files.BOM) if number == 1 else line).strip():
-      expected.append((number, line.removeprefix(files.BOM) if number == 1 else line))
+    elif line.strip():
+      expected.append((number, line))
   assert found == expected
 
 
-def test_folders_hold_archives_too(tmp_path):
-  for name in ('a.txt', 'b.txt.gz', 'c.txt.zst', 'd.gz', 'e.md'):
-    (tmp_path / name).write_text('x')
-  assert [path.name for path in files.find_files(str(tmp_path), '.txt')] == ['a.txt', 'b.txt.gz', 'c.txt.zst']
-  assert [path.name for path in files.find_files(str(tmp_path / '*.*z*'), '.txt')] == ['b.txt.gz', 'c.txt.zst', 'd.gz']
-  with pytest.raises(ConfigError, match='NUL'):
-    files.find_files('a\0b', '.txt')
-
-
-def old(path):
-  os.utime(path, (1, 1))
-  return path
-
-
-def test_digests_are_kept_until_the_file_changes(tmp_path, monkeypatch):
-  hashed = []
-  real = hashlib.file_digest
-  monkeypatch.setattr(files.hashlib, 'file_digest', lambda *args: hashed.append(1) or real(*args))
-  monkeypatch.setattr(files, 'SETTLED', -1.0)
-  monkeypatch.setattr(files, 'KEPT_FROM', 4)
-  path = old(write(tmp_path, 'a', b'12345'))
-  first = files.digest(path, tmp_path)
-  assert first == hashlib.sha256(b'12345').digest() and len(hashed) == 1
-  assert files.digest(path, tmp_path) == first and len(hashed) == 1
-  files._digests.clear()  # as in another process
-  assert files.digest(path, tmp_path) == first and len(hashed) == 1
-  assert files.digest(path, None) == first
-  note, = (tmp_path / 'digests').iterdir()
-  path.write_bytes(b'54321')  # same size and modification time: the time of the change still tells
-  old(path)
-  assert files.digest(path, tmp_path) == hashlib.sha256(b'54321').digest()
-  for damage in (b'', b'[]', b'{"of": 3, "sha256": "zz"}', note.read_bytes().replace(b'sha256', b'sha')):
-    note.write_bytes(damage)
-    files._digests.clear()
-    assert files.digest(path, tmp_path) == hashlib.sha256(b'54321').digest()
-
-
-def test_a_file_just_written_is_not_trusted_to_stay(tmp_path):
-  path = write(tmp_path, 'a', b'1')
-  files.digest(path)
-  assert not any(key[0] == str(path) for key in files._digests)
-
-
 def test_unreadable_files_are_a_config_error(tmp_path):
-  for read in (lambda path: list(files.blocks(path)), lambda path: list(files.lines(path)), files.digest):
+  for read in (lambda path: list(files.blocks(path)), lambda path: list(files.lines(path, Notes())), file_digest.digest):
     with pytest.raises(ConfigError, match='cannot be read'):
       read(tmp_path)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data import document, entropy, megatron, stdlib
+from lmscale.data import document, entropy, file_digest, megatron, stdlib
 from lmscale.data import loader as loader_lib
 from lmscale.data.loader import Loader
 from lmscale.data.tokenizer import get_tokenizer
@@ -286,11 +286,10 @@ def test_the_entropy_of_a_large_source_is_that_of_its_beginning(config, monkeypa
 
 
 def test_training_and_validation_hash_the_text_once(config, monkeypatch):
-  from lmscale.data import files
   hashed = []
   real = hashlib.file_digest
-  monkeypatch.setattr(files, 'SETTLED', -1.0)
-  monkeypatch.setattr(files.hashlib, 'file_digest', lambda *args: hashed.append(1) or real(*args))
+  monkeypatch.setattr(file_digest, 'SETTLED', -1.0)
+  monkeypatch.setattr(hashlib, 'file_digest', lambda *args: hashed.append(1) or real(*args))
   Loader(config)
   assert len(hashed) == 41
   Loader(config, 'validation')
@@ -351,3 +350,20 @@ def test_the_order_of_distinct_sources_is_that_of_earlier_versions(config):
   found = [hashlib.sha256(Loader(config, split).batch(0, range(64))['tokens'].tobytes()).hexdigest()[:16]
            for split in ('train', 'validation')]
   assert found == ['27644eb144441649', '2188abb5e1e5e7cf']
+
+
+def test_notices_are_told_once_at_every_start_under_the_sources_name(config, tmp_path, caplog):
+  with (tmp_path / 'b.jsonl').open('ab') as file:
+    file.write(b'broken\n')
+  (tmp_path / 'a' / '7.txt').write_bytes(b'\xff' + b'some more text')
+  (tmp_path / 'a' / '7.txt.gz').write_bytes(gzip.compress(b'\xff' + b'some more text'))
+  for start in ('the text is tokenised', 'the cache is hit'):
+    caplog.clear()
+    loader = Loader(config)
+    Loader(config, 'validation')
+    assert [record.getMessage().replace(str(tmp_path), '.') for record in caplog.records] == [
+      'a: 1 file with the text of another beside it, read once: the first is ./a/7.txt.gz, beside ./a/7.txt',
+      'a: 1 pieces of invalid UTF-8 became U+FFFD, the first in ./a/7.txt',
+      'b: 1 lines give no text and are skipped: ./b.jsonl:41: broken JSON (Expecting value)'], start
+  assert [(entry['files'], entry['bytes']) for entry in loader.summary()] == [
+    (40, sum(path.stat().st_size for path in (tmp_path / 'a').glob('*.txt'))), (1, (tmp_path / 'b.jsonl').stat().st_size)]

@@ -39,12 +39,13 @@ def add_sidecar(prefix, tokenizer='bytes-v1'):
   return arrays
 
 
-def test_documents_are_those_of_the_index(prefix, caplog):
+def test_documents_are_those_of_the_index(prefix):
   store = open_store(prefix)
   assert [store.tokens[a:b].tolist() for a, b in zip(store.offsets, store.offsets[1:], strict=False)] == DOCUMENTS
   assert store.split_keys.tolist() == [document.split_key(np.array(ids, '<i8').tobytes()) for ids in DOCUMENTS]
   assert store.text_bytes is None and isinstance(store.tokens, np.memmap) and not store.tokens.flags.writeable
-  assert caplog.text.count('no .meta.json beside it says which tokenizer made it') == 1
+  assert store.notices == (f'{prefix}: no .meta.json beside it says which tokenizer made it; check that it was data.tokenizer',)
+  assert (store.files, store.size) == (2, sum(prefix.with_name(f'mine.{end}').stat().st_size for end in ('bin', 'idx')))
   again = open_store(prefix)
   assert np.array_equal(again.split_keys, store.split_keys) and again.identity == store.identity
 
@@ -77,12 +78,11 @@ def test_floats_are_no_ids(tmp_path):
     open_store(tmp_path / 'a')
 
 
-def test_the_sidecar_brings_split_and_text_bytes(prefix, caplog):
+def test_the_sidecar_brings_split_and_text_bytes(prefix):
   bare = open_store(prefix)
-  caplog.clear()
   arrays = add_sidecar(prefix)
   store = open_store(prefix)
-  assert not caplog.records
+  assert not store.notices
   assert store.split_keys.tolist() == arrays[0].tolist() and store.text_bytes.tolist() == [3, 7, 0, 5]
   assert store.identity != bare.identity and store.content != bare.content
 

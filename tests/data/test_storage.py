@@ -1,3 +1,4 @@
+import errno
 import os
 import pathlib
 import subprocess
@@ -115,6 +116,41 @@ def test_a_cache_that_cannot_be_written_is_a_config_error(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(config_lib.ConfigError, match='data.cache: cannot write .*file/x'):
     storage.ensure(tmp_path / 'file' / 'x', write, read)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+  """Some file systems find out only when they are asked to write it through."""
+  def full(descriptor):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+  monkeypatch.setattr(os, 'fsync', full)
+  with pytest.raises(config_lib.ConfigError, match=r'data.cache: cannot write .*/x: No space left on device'):
+    storage.ensure(tmp_path / 'x', write, read)
+  assert os.listdir(tmp_path) == []
+
+
+def test_all_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+  synced = []
+  real = os.fsync
+
+  def note(descriptor):
+    synced.append((os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}')), (tmp_path / 'x').exists()))
+    real(descriptor)
+  monkeypatch.setattr(os, 'fsync', note)
+
+  def build(folder):
+    write(folder)
+    (folder / 'sub').mkdir()
+    (folder / 'sub' / 'b').write_text('')
+  storage.ensure(tmp_path / 'x', build, read)
+  assert {name for name, named in synced if not named} > {'a', 'sub', 'b'}
+  assert [name for name, named in synced if named] == [tmp_path.name]
+
+
+def test_a_damaged_folder_is_told(tmp_path, caplog):
+  (tmp_path / 'x').mkdir()
+  write(tmp_path / 'x', 'wrong\nlines')
+  storage.ensure(tmp_path / 'x', write, read)
+  assert caplog.messages == [f'{tmp_path / "x"} is damaged and built again: wrong lines']
 
 
 def test_cache_root_order(monkeypatch):

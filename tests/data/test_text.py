@@ -6,11 +6,12 @@ import zstandard
 
 from lmscale import config as config_lib
 from lmscale.data import files, text
+from lmscale.data.reading_notes import Notes
 
 
 def texts(source):
-  skipped = []
-  return [document.text for document in source.documents(skipped)], skipped
+  notes = Notes()
+  return [document.text for document in source.documents(notes)], notes.skipped
 
 
 def test_bytes_are_kept_except_bom_and_bad_utf8(tmp_path):
@@ -139,14 +140,93 @@ def test_another_field(tmp_path):
   assert text.JsonlSource(str(path), field='body').digest() != text.JsonlSource(str(path)).digest()
 
 
-def test_what_is_replaced_is_counted(tmp_path, caplog):
+def notes_of(source):
+  notes = Notes()
+  list(source.documents(notes))
+  return notes
+
+
+def test_what_is_replaced_is_counted(tmp_path):
   (tmp_path / 'a.txt').write_bytes('kept \ufffd'.encode())
-  assert texts(text.TextSource(str(tmp_path)))[0] and not caplog.messages
+  assert notes_of(text.TextSource(str(tmp_path))).lines() == []
   (tmp_path / 'b.txt').write_bytes('kept \ufffd '.encode() + b'\xff and \xfe')
   (tmp_path / 'c.jsonl').write_bytes(b'{"text": "fine"}\n{"text": "\xff \\ud800 \\u00e9"}\n')
-  texts(text.TextSource(str(tmp_path)))
-  texts(text.JsonlSource(str(tmp_path)))
-  assert [message.replace(str(tmp_path), '.') for message in caplog.messages] == [
-    '2 pieces of invalid UTF-8 became U+FFFD, the first in ./b.txt',
-    '2 pieces of invalid UTF-8 became U+FFFD, the first in ./c.jsonl:2',
-  ]
+  assert notes_of(text.TextSource(str(tmp_path))).lines() == [
+    f'2 pieces of invalid UTF-8 became U+FFFD, the first in {tmp_path}/b.txt']
+  assert notes_of(text.JsonlSource(str(tmp_path))).lines() == [
+    f'2 pieces of invalid UTF-8 became U+FFFD, the first in {tmp_path}/c.jsonl:2']
+
+
+@pytest.mark.parametrize('field', ['text', 'té', 'a"b\\', 'x y', '\U0001f600'])
+def test_a_field_twice_is_seen_however_it_is_written(tmp_path, field):
+  path = tmp_path / 'a.jsonl'
+  spellings = {json.dumps(field), json.dumps(field, ensure_ascii=False),
+               '"' + ''.join(f'\\u{ord(c):04x}' if ord(c) < 1 << 16 else json.dumps(c)[1:-1] for c in field) + '"'}
+  lines = [f'{{{a}: "one", "x": {{{b}: 1, {b}: 2}}, {b}: "two"}}' for a in spellings for b in spellings]
+  lines += [f'{{{a}: "kept", "x": [{{{a}: "inner"}}, {{{a}: "inner"}}], "y": "{{}}", "y": 2}}' for a in spellings]
+  path.write_text('\n'.join(lines), encoding='utf-8')
+  found, skipped = texts(text.JsonlSource(str(path), field=field))
+  assert found == [b'kept'] * len(spellings)
+  assert [line.rpartition(': ')[2] for line in skipped] == [
+    f'field {json.dumps(field, ensure_ascii=False)} twice'] * len(spellings)**2
+
+
+MARKED = ['utf-16-le', 'utf-16-be', 'utf-32-le', 'utf-32-be']
+
+
+@pytest.mark.parametrize('encoding', MARKED)
+@pytest.mark.parametrize('pack', [bytes, gzip.compress, zstandard.ZstdCompressor().compress], ids=['plain', 'gz', 'zst'])
+def test_marked_encodings_are_decoded(tmp_path, encoding, pack, monkeypatch):
+  words = 'naïve, 日本語 and \U0001f600\r\nsecond line\n' * 30
+  monkeypatch.setattr(files, 'BLOCK', 7)  # characters lie across blocks
+  (tmp_path / 'a.txt').write_bytes(pack(('\ufeff' + words).encode(encoding)))
+  lines = [json.dumps({'text': f'{i} é\U0001f600'}, ensure_ascii=i % 2 == 0) for i in range(40)]
+  (tmp_path / 'a.jsonl').write_bytes(pack(('\ufeff' + '\n'.join(lines)).encode(encoding)))
+  assert texts(text.TextSource(str(tmp_path / 'a.txt'))) == ([words.encode()], [])
+  assert texts(text.JsonlSource(str(tmp_path / 'a.jsonl'))) == ([json.loads(line)['text'].encode() for line in lines], [])
+  assert notes_of(text.TextSource(str(tmp_path))).lines() == [
+    f'1 texts were decoded by their byte order mark, the first in {tmp_path}/a.txt']
+
+
+@pytest.mark.parametrize('pack', [bytes, gzip.compress], ids=['plain', 'gz'])
+def test_damage_of_a_marked_encoding_is_counted(tmp_path, pack):
+  raw = b'\xff\xfe' + b'a\0b\0' + b'\x00\xd8' + b'c\0' + b'\x00\xdc' + '\ufffd'.encode('utf-16-le') + b'd\0' + b'e'
+  (tmp_path / 'a.txt').write_bytes(pack(raw))
+  assert texts(text.TextSource(str(tmp_path)))[0] == ['ab\ufffdc\ufffd\ufffdd\ufffd'.encode()]
+  assert notes_of(text.TextSource(str(tmp_path))).replaced == 3
+  (tmp_path / 'a.txt').write_bytes(pack(b'\0\0\xfe\xff' + b'\0\0\0a' + b'\0\x11\0\0' + b'\0\0\0b'))
+  assert texts(text.TextSource(str(tmp_path)))[0] == ['a\ufffdb'.encode()]
+
+
+@pytest.mark.parametrize('encoding', ['latin-1', 'cp1251', 'utf-16-le', 'utf-16-be', 'utf-32-le'])
+@pytest.mark.parametrize('ending', ['txt', 'jsonl'])
+def test_another_encoding_without_a_mark_is_an_error(tmp_path, encoding, ending):
+  words = 'пример текста ' * 50 if encoding == 'cp1251' else 'ça et là, déjà vu ' * 50
+  raw = json.dumps({'text': words}, ensure_ascii=False) + '\n' if ending == 'jsonl' else words
+  path = tmp_path / f'a.{ending}'
+  path.write_bytes(raw.encode(encoding))
+  kind = text.TextSource if ending == 'txt' else text.JsonlSource
+  with pytest.raises(config_lib.ConfigError, match=rf'data file {path}: [\d,]+ of [\d,]+ bytes are NUL or no UTF-8.*iconv') as caught:
+    texts(kind(str(path)))
+  assert '\n' not in str(caught.value)
+
+
+def test_one_percent_is_damage_and_more_is_not(tmp_path):
+  def read(bad, good):
+    (tmp_path / 'a.txt').write_bytes(b'\xff' * bad + b'a' * good)
+    return texts(text.TextSource(str(tmp_path)))[0]
+  assert read(100, 9_900) == ['\ufffd'.encode() * 100 + b'a' * 9_900]
+  assert read(64, 0) == ['\ufffd'.encode() * 64]  # a few bytes are no encoding
+  with pytest.raises(config_lib.ConfigError, match=r'101 of 10,000 bytes are NUL or no UTF-8, 1.0%, and 1% is the most'):
+    read(101, 9_899)
+  with pytest.raises(config_lib.ConfigError, match='65 of 65 bytes'):
+    read(65, 0)
+  (tmp_path / 'a.txt').write_bytes('\ufffd'.encode() * 900)  # genuine ones are text
+  assert len(texts(text.TextSource(str(tmp_path)))[0][0]) == 2700
+
+
+def test_many_small_files_in_another_encoding_are_an_error(tmp_path):
+  for i in range(30):
+    (tmp_path / f'{i:02}.txt').write_bytes(b'un peu d\xe9j\xe0 vu, mais \xe7a va')
+  with pytest.raises(config_lib.ConfigError, match=rf'30 data files, the first of them {tmp_path}/00.txt: 90 of 780 bytes'):
+    texts(text.TextSource(str(tmp_path)))

@@ -1,13 +1,16 @@
+import itertools
 import json
 import shutil
 
 import made
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import file_utils
 
 from lmscale.data import cache, document
-from lmscale.data.tfds_source import TfdsSource
+from lmscale.data.reading_notes import Notes
+from lmscale.data.tfds_source import TfdsSource, quiet
 from lmscale.data.tokenizer import ByteTokenizer
 from lmscale.errors import ConfigError
 
@@ -24,8 +27,8 @@ def copy(prepared, tmp_path):
 
 
 def read(path, split='train', field='text'):
-  skipped = []
-  return list(TfdsSource(str(path), split, field).documents(skipped)), skipped
+  notes = Notes()
+  return list(TfdsSource(str(path), split, field).documents(notes)), notes.skipped
 
 
 def test_text_of_a_folder_and_of_its_parents(prepared):
@@ -48,6 +51,49 @@ def test_splits_and_what_is_empty(prepared):
   assert [d.text.decode() for d in read(prepared, 'train[10:15]')[0]] == made.TEXTS[10:15]
   found, skipped = read(prepared, 'test')
   assert [d.text for d in found] == [b'held out'] and skipped[0].endswith('small/1.2.0:test:1: empty text')
+
+
+class Given(tfds.core.GeneratorBasedBuilder):
+  """Texts as bytes that the test chose."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  url_infos = {}  # noqa: RUF012
+  texts = ()
+
+  def _info(self):
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({'text': tfds.features.Text()}),
+                                 disable_shuffling=True)
+
+  def _split_generators(self, dl_manager):
+    return {'train': self._generate_examples()}
+
+  def _generate_examples(self):
+    for i, text in enumerate(self.texts):
+      yield i, {'text': text}
+
+
+def given(folder, *texts):
+  Given.texts = texts
+  with quiet():
+    Given(data_dir=folder, file_format='array_record').download_and_prepare()
+  return TfdsSource(str(folder), 'train', 'text')
+
+
+def test_text_follows_the_rules_of_files(tmp_path):
+  words = 'déjà vu ' * 99
+  source = given(tmp_path / 'a', words.encode(), ('\ufeff' + words).encode(), ('\ufeff' + words).encode('utf-16-le'), b'one \xff',
+                 b'\xff\xfe', 'kept \ufffd'.encode())
+  place = f'{source.folder}:train'
+  for _ in range(2):
+    store = cache.tokenise(source, ByteTokenizer(), tmp_path)
+    assert store.notices == (
+      f'3 texts were decoded by their byte order mark, the first in {place}:1',
+      f'1 pieces of invalid UTF-8 became U+FFFD, the first in {place}:3', f'1 lines give no text and are skipped: {place}:4: empty text')
+  found = [bytes(store.tokens[a:b - 1].tolist()).decode() for a, b in itertools.pairwise(store.offsets)]
+  assert found == [words] * 3 + ['one \ufffd', 'kept \ufffd'] and store.content.endswith(' decoded')
+  source = given(tmp_path / 'b', words.encode('latin-1'))
+  with pytest.raises(ConfigError, match=rf'{source.folder}:train: 198 of 792 bytes are NUL or no UTF-8'):
+    cache.tokenise(source, ByteTokenizer(), tmp_path)
 
 
 def test_tokens_become_a_store(prepared, tmp_path):

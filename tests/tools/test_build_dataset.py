@@ -44,7 +44,8 @@ def corpus(tmp_path):
 
 
 def inline(monkeypatch):
-  """Runs the work in this process: starting others takes a second each."""
+  """Runs the work in this process, as starting others takes a second each, and does not wait for the disk."""
+  monkeypatch.setattr(os, 'fsync', lambda descriptor: None)
   class Pool(build_dataset.concurrent.futures.ThreadPoolExecutor):
     def __init__(self, workers, *_):
       super().__init__(1)
@@ -255,3 +256,25 @@ def test_what_the_tokenizer_loses_is_judged_over_all_files(tmp_path, monkeypatch
     assert f"500 of {8 + 7 * latin + 500:,} characters: '床前明月光" in said
     assert (folder / 'out.bin').exists() == (code == 0)
   assert '--input: the tokenizer loses 69.64%' in said and 'at most 5% may be lost' in said
+
+
+def test_what_is_there_twice_or_odd_is_told_and_damaged_shards_are_not_merged(tmp_path, corpus, monkeypatch, capsys, caplog):
+  inline(monkeypatch)
+  copied = min(corpus.iterdir())
+  (tmp_path / 'again.jsonl').write_bytes(copied.read_bytes())
+  (tmp_path / 'odd.jsonl').write_bytes(b'{"text": "\xff"}\nbroken\n')
+  inputs = [arg for path in (copied, tmp_path / 'again.jsonl', tmp_path / 'odd.jsonl') for arg in ('--input', f'jsonl:{path}')]
+  real = build_dataset.merge
+  monkeypatch.setattr(build_dataset, 'merge', None)
+  with pytest.raises(TypeError):
+    build_dataset.main([*inputs, '--out', f'{tmp_path}/a'])
+  shard = next(tmp_path.glob('a.shards/*/shard.bin'))
+  shard.write_bytes(bytes(shard.stat().st_size))
+  monkeypatch.setattr(build_dataset, 'merge', real)
+  assert build_dataset.main([*inputs, '--out', f'{tmp_path}/a']) == 0
+  assert [record.getMessage() for record in caplog.records] == [f'{shard.parent} is damaged and built again: shard.bin changed']
+  err = capsys.readouterr().err
+  assert f'1 of 3 inputs hold what another holds, and are in the data set again: the first is {tmp_path}/again.jsonl, equal to {copied}' in err
+  assert f'{tmp_path}/odd.jsonl: 1 pieces of invalid UTF-8 became U+FFFD, the first in {tmp_path}/odd.jsonl:1' in err
+  assert build_dataset.main([*inputs, '--out', f'{tmp_path}/b']) == 0
+  assert built(tmp_path / 'a') == built(tmp_path / 'b')
