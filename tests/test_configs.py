@@ -2,12 +2,14 @@
 
 import ast
 import itertools
+import json
 import math
 import pathlib
 
 import pytest
 
-from lmscale.config import Config, ConfigError, recipes, resolve_mesh
+from lmscale import config as config_lib
+from lmscale.config import Config, ConfigError, recipes, resolve_mesh, run_tokens
 from lmscale.plan.parameters import parameter_count
 from lmscale.train.schedule import Schedule
 
@@ -38,6 +40,38 @@ def test_recipes_validate(spec):
 
 def test_every_combination_of_the_study_validates_under_its_own_name():
   assert len({load(spec).name for spec in STUDY}) == len(STUDY)
+
+
+def warmup(spec: str, **changes: object) -> tuple[int, int]:
+  """(warm-up, tokens of the run) of a recipe with the fields {section_field: value} set on the command line."""
+  config = recipes.load(f'{CONFIGS}/{spec}', [(name.replace('__', '.'), str(value)) for name, value in changes.items()])
+  return config.optimizer.warmup_tokens, run_tokens(config.train)
+
+
+@pytest.mark.parametrize('spec', ['quickstart.py', 'mamba_study.py:size=tiny', 'megatron_gpt.py:size=1.7b', 'megatron_gpt.py:size=mtnlg'])
+def test_a_shorter_run_has_a_shorter_warm_up_in_proportion(spec):
+  whole, tokens = warmup(spec)
+  steps = load(spec).train.steps
+  assert warmup(spec, train__steps=steps, seed=1) == (whole, tokens)
+  for fewer in (steps - 1, steps // 3, 12, 1):
+    got, length = warmup(spec, train__steps=fewer)
+    assert got == whole * length // tokens and got <= length
+  assert warmup(spec, train__steps=2 * steps)[0] == whole  # as it is in the recipe: a share of it at most
+  assert warmup(spec, train__steps=12, optimizer__warmup_tokens=1000)[0] == 1000
+  assert warmup(spec, optimizer__warmup_tokens=0, train__steps=12)[0] == 0
+  with pytest.raises(ConfigError, match='optimizer.warmup_tokens'):
+    warmup(spec, train__steps=12, optimizer__warmup_tokens=10**12)
+
+
+def test_what_shortens_a_run_beside_its_steps():
+  assert warmup('quickstart.py', train__batch=8) == (10 * 16 * 256, 160 * 8 * 256)
+  assert warmup('quickstart.py', train__seq_len=512)[0] == 20 * 16 * 256  # a longer run
+
+
+def test_a_saved_config_is_a_recipe_too(tmp_path):
+  (tmp_path / 'config.json').write_text(json.dumps(config_lib.to_dict(load('quickstart.py'))))
+  config = recipes.load(str(tmp_path / 'config.json'), [('train.steps', '80')])
+  assert config.optimizer.warmup_tokens == 10 * 16 * 256
 
 
 @pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda p: p.name)

@@ -39,6 +39,17 @@ def listing(folder: pathlib.Path) -> list[str]:
     (['--config.train.steps=64.0'], ['train.steps', 'an integer']),
     (['--config.train.steps=ten'], ['train.steps', 'an integer']),
     (['--config.train.steps='], ['train.steps', 'an integer']),
+    (['--config.train.steps=1_0'], ['train.steps', 'an integer', '1_0']),
+    (['--config.train.steps= 10'], ['train.steps', 'an integer', "' 10'"]),
+    (['--config.train.steps=+10'], ['train.steps', 'an integer', '+10']),
+    (['--config.train.steps=\uff11\uff10'], ['train.steps', 'an integer', '\uff11\uff10']),
+    (['--config.train.steps=0x10'], ['train.steps', 'an integer', '0x10']),
+    (['--config.train.steps=1e3'], ['train.steps', 'an integer', '1e3']),
+    (['--config.train.steps=' + '9' * 5000], ['train.steps', '999']),
+    (['--config.optimizer.learning_rate=1_0e-3'], ['optimizer.learning_rate', 'a number', '1_0e-3']),
+    (['--config.optimizer.learning_rate=3e-4 '], ['optimizer.learning_rate', 'a number', "'3e-4 '"]),
+    (['--config.optimizer.learning_rate=\u0663'], ['optimizer.learning_rate', 'a number']),
+    (['--config.optimizer.learning_rate=infinity'], ['optimizer.learning_rate', 'a number', 'infinity']),
     (['--config.optimizer.learning_rate=fast'], ['optimizer.learning_rate', 'a number']),
     (['--config.mesh.sequence_parallel=yes'], ['mesh.sequence_parallel', 'true or false']),
     (['--config.train=3'], ['train', 'a group of fields']),
@@ -67,7 +78,8 @@ def listing(folder: pathlib.Path) -> list[str]:
     (['--config.optimizer.learning_rate=inf'], ['optimizer.learning_rate', 'inf']),
     (['--config.optimizer.learning_rate=-1'], ['optimizer.learning_rate', '-1']),
     (['--config.optimizer.warmup_tokens=999999999'], ['optimizer.warmup_tokens', '999999999', 'train.steps']),
-    (['--config.train.steps=1'], ['optimizer.warmup_tokens', 'train.steps 1']),
+    (['--config.train.steps=1', '--config.optimizer.warmup_tokens=4097'], ['optimizer.warmup_tokens', '4097', 'train.steps 1']),
+    (['--config.train.steps=1', '--config.mesh.data=-2'], ['mesh.data', '-2']),
     # row 4: the model's arithmetic
     (['--config.model.pattern=M-X'], ['model.pattern', "'X' at position 2"]),
     (['--config.model.attention.kv_heads=3'], ['model.attention.kv_heads', '3', '4']),
@@ -249,6 +261,13 @@ def test_a_saved_config_is_read_back_and_overridden(capsys, tmp_path):
 @pytest.mark.parametrize(('text', 'value'), [('false', False), ('False', False), ('true', True)])
 def test_booleans(text, value):
   assert run.recipes.load(QUICK, [('mesh.sequence_parallel', text)]).mesh.sequence_parallel is value
+
+
+@pytest.mark.parametrize(('text', 'value'), [('3e-4', 3e-4), ('1', 1.0), ('.5', 0.5), ('2.', 2.0), ('1E-3', 1e-3), ('0010', 10.0)])
+def test_numbers(text, value):
+  assert run.recipes.load(QUICK, [('optimizer.learning_rate', text), ('optimizer.min_learning_rate', '0')]).optimizer.learning_rate == value
+  if value == 10:
+    assert run.recipes.load(QUICK, [('train.steps', text)]).train.steps == 10
 
 
 def test_sources_can_be_given_as_json():

@@ -2,7 +2,8 @@
 
 A recipe in `configs/` is an `ml_collections.ConfigDict` made from the dataclasses of `fields.py` (`to_config_dict`),
 changed, and overridden on the command line. `from_dict` turns it back into frozen dataclasses and rejects nonsense
-before any work is done: each mistake is one `ConfigError` line that names the field and shows the arithmetic.
+before any work is done: each mistake is one `ConfigError` line that names the field and shows the arithmetic. One field follows
+others: a recipe's optimizer.warmup_tokens, where the command line makes the run shorter than the recipe's (`recipes.load`).
 
 `fields` <- `checks` <- `parse` <- `recipes`; everybody else imports the names from here. Neither JAX nor Flax is imported.
 """

@@ -99,7 +99,8 @@ class OptimizerConfig:
   schedule: str = 'cosine'  # cosine | wsd | constant
   learning_rate: float = 1e-3
   min_learning_rate: float = 1e-4
-  warmup_tokens: int = 0
+  warmup_tokens: int = 0  # a recipe's becomes shorter in proportion where the command line makes the run shorter (train.steps,
+  # train.batch, ...), unless it is set there, too; a longer run keeps it
   decay_tokens: int = 0  # where the decay ends; 0: at the end of the run
   wsd_decay_tokens: int = 0  # length of the final linear decay of wsd
   beta1: float = 0.9

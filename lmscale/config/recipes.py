@@ -5,6 +5,7 @@ A recipe is a Python file with `get_config()` or `get_config(argument)` that ret
 `config.json` is data only: nothing in it is run.
 """
 
+import copy
 import dataclasses
 import difflib
 import importlib.util
@@ -18,13 +19,19 @@ from typing import Any
 
 from lmscale.config import parse
 from lmscale.config.fields import Config
+from lmscale.config.ramp import run_tokens
 from lmscale.errors import ConfigError, UnknownField
 
 MAX_JSON_BYTES = 1 << 20
+WARMUP = 'optimizer.warmup_tokens'
+# As people write numbers. Python also takes 1_0 for 10, full-width digits and spaces around them.
+NUMBERS = {int: r'-?[0-9]+', float: r'-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|-?inf|nan'}
 
 
 def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
   """The config of `file.py`, `file.py:argument` or `config.json`, with overrides (dotted field, text) applied in order.
+
+  Overrides that make the run shorter shorten its warm-up in the same proportion, unless they set optimizer.warmup_tokens.
 
   Raises:
     ConfigError: no such file, a file that fails, an unknown field, a value that does not parse or does not validate.
@@ -42,14 +49,32 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     values = _run_recipe(path, argument)
   else:
     raise ConfigError(f'--config: {path} is neither a .py recipe nor a .json config')
+  recipe = copy.deepcopy(values)
   for field, text in overrides:
     _override(values, field, text)
   try:
+    if WARMUP not in dict(overrides):
+      _follow_length(values, recipe)
     return parse.from_dict(values)
   except UnknownField as error:
     if path.suffix == '.py':
       raise
     raise ConfigError(f'--config: {path} is of another version of lmscale or was changed by hand: {error}') from error
+
+
+def _follow_length(values: dict[str, Any], recipe: dict[str, Any]) -> None:
+  """Where `values` make the run shorter than the recipe's, shortens its warm-up in proportion."""
+  try:
+    whole = parse.from_dict(recipe)
+  except ConfigError:
+    return  # what is wrong and not mended by `values` will be told
+  if not whole.optimizer.warmup_tokens:
+    return
+  group = values.setdefault('optimizer', {})
+  changed = parse.from_dict({**values, 'optimizer': {**group, 'warmup_tokens': 0}})
+  tokens, before = run_tokens(changed.train), run_tokens(whole.train)
+  if tokens < before:
+    group['warmup_tokens'] = whole.optimizer.warmup_tokens * tokens // before
 
 
 def arguments(text: str, allowed: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -172,7 +197,9 @@ def _parse(field: str, kind: Any, text: str) -> Any:
       raise ConfigError(f'{field}: expected true or false, got {text!r}')
     return text.lower() == 'true'
   try:
-    return kind(text) if kind in (int, float) else json.loads(text)
+    if kind in NUMBERS and not re.fullmatch(NUMBERS[kind], text):
+      raise ValueError(text)
+    return kind(text) if kind in NUMBERS else json.loads(text)
   except (ValueError, RecursionError) as error:
     expected = {int: 'an integer', float: 'a number'}.get(kind, 'a JSON list')
     raise ConfigError(f'{field}: expected {expected}, got {text[:60]!r}') from error

@@ -118,7 +118,11 @@ def check_resume(old: Config, new: Config, path: pathlib.Path) -> None:
   for name in [*before, *(n for n in after if n not in before)]:
     if before.get(name) == after.get(name) or any(name == f or f[-1] == '.' and name.startswith(f) for f in MAY_CHANGE):
       continue
+    if name == 'optimizer.decay_tokens' and (old.optimizer.schedule == 'constant') != (new.optimizer.schedule == 'constant'):
+      continue  # only one of the two schedules reads it
     lines.append(f'  {name}: {_show(before, name)} -> {_show(after, name)}')
+    if name == 'optimizer.warmup_tokens' and old.train.steps != new.train.steps:
+      lines[-1] += f' (a recipe\'s follows the length of the run; keep it by optimizer.warmup_tokens={before[name]})'
     if name == 'optimizer.decay_tokens' and 0 in (old.optimizer.decay_tokens, new.optimizer.decay_tokens):
       steps = f'train.steps {old.train.steps} -> {new.train.steps}'
       lines[-1] += f' (0 means the end of the run, {steps}; keep it by optimizer.decay_tokens={before[name]})'

@@ -140,6 +140,24 @@ def test_steps_may_change_only_where_the_learning_rate_does_not():
   check_resume(Config(), change(fixed, 'train.steps', 200), 'W')  # the advice in the message works
 
 
+def test_another_length_does_not_bring_another_warm_up_in_silence():
+  began = change(change(Config(), 'optimizer.schedule', 'constant'), 'optimizer.warmup_tokens', 6144)
+  longer = change(change(began, 'train.steps', 200), 'optimizer.warmup_tokens', 12288)
+  with pytest.raises(ConfigError) as caught:
+    check_resume(began, longer, 'W')
+  (line,) = str(caught.value).splitlines()[1:]
+  assert line.startswith('  optimizer.warmup_tokens: 6144 -> 12288 (') and line.endswith('keep it by optimizer.warmup_tokens=6144)')
+  check_resume(began, change(longer, 'optimizer.warmup_tokens', 6144), 'W')
+
+
+@pytest.mark.parametrize('other', ['wsd', 'cosine'])
+def test_another_schedule_is_told_without_advice_about_the_field_that_only_one_reads(other):
+  constant = change(Config(), 'optimizer.schedule', 'constant')
+  assert refusal('optimizer.schedule', other, constant)[1:] == [f'  optimizer.schedule: "constant" -> "{other}"']
+  back = change(Config(), 'optimizer.schedule', other)
+  assert refusal('optimizer.schedule', 'constant', back)[1:] == [f'  optimizer.schedule: "{other}" -> "constant"']
+
+
 def test_data_identity():
   check_identity({'a': [1, {'b': 'x'}]}, {'a': [1, {'b': 'x'}]}, 'W')
   with pytest.raises(ConfigError, match='other data') as caught:
