@@ -37,8 +37,8 @@ def _open(index: int, source: config_lib.SourceConfig, tokenizer: tokenizer_lib.
 class Loader:
   """The blended, packed samples of one split of config.data."""
 
-  def __init__(self, config: config_lib.Config, split: str = 'train'):
-    """Tokenises what is not in the cache yet. Sources of weight 0 are not opened.
+  def __init__(self, config: config_lib.Config, split: str = 'train', tell: bool = True):
+    """Tokenises what is not in the cache yet. Sources of weight 0 are not opened. `tell`: log what is odd about the texts.
 
     The validation samples do not depend on config.seed, so that runs with other seeds are measured on the same text.
     Raises ConfigError for missing or unusable data.
@@ -61,7 +61,7 @@ class Loader:
       for source, store, copy in zip(self.sources, self.stores, self.copies, strict=True)
     ]
     self.contents = same_content.first_equal(self.stores)
-    if split == 'train':  # a run opens both splits
+    if tell:
       self._tell()
     self.identity = self._identity(seed, data.validation)
 

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,11 @@ def open_store(path: str, tokenizer: Tokenizer, cache: pathlib.Path) -> TokenSto
   tokens = np.zeros(0, index.dtype) if empty else np.memmap(tokens_file, index.dtype, 'r')
   offsets = index.offsets
   scanned = hashlib.sha256(f'{hashes["idx"]} {hashes["bin"]} {FORMAT}'.encode()).hexdigest()[:32]
-  low, high, split_keys = _scan(tokens, offsets, cache / 'megatron' / f'{scanned}-{LAYOUT}')
+
+  def unchanged() -> bool:
+    return hashes == {'idx': file_digest.digest(idx, cache).hex(), 'bin': file_digest.digest(tokens_file, cache).hex()}
+
+  low, high, split_keys = _scan(tokens, offsets, unchanged, cache / 'megatron' / f'{scanned}-{LAYOUT}')
   if not empty and (low < 0 or high >= tokenizer.size):
     raise ConfigError(f'{tokens_file}: ids from {low} to {high}, but data.tokenizer has the ids 0 to {tokenizer.size - 1}: '
                       'give the tokenizer it was made with')
@@ -63,7 +68,8 @@ def open_store(path: str, tokenizer: Tokenizer, cache: pathlib.Path) -> TokenSto
                     size=idx.stat().st_size + tokens_file.stat().st_size)
 
 
-def _scan(tokens: np.ndarray, offsets: np.ndarray, folder: pathlib.Path) -> tuple[int, int, np.ndarray]:
+def _scan(tokens: np.ndarray, offsets: np.ndarray, unchanged: Callable[[], bool],
+          folder: pathlib.Path) -> tuple[int, int, np.ndarray]:
   """(smallest id, largest id, split key of each document), from `folder` once they are known."""
 
   def build(folder: pathlib.Path) -> None:
@@ -73,6 +79,8 @@ def _scan(tokens: np.ndarray, offsets: np.ndarray, folder: pathlib.Path) -> tupl
       low, high = min(low, int(part.min())), max(high, int(part.max()))
     keys = (document.split_key(tokens[a:b].astype('<i8').tobytes()) for a, b in itertools.pairwise(offsets))
     np.save(folder / 'split_keys.npy', np.fromiter(keys, np.uint64, len(offsets) - 1), allow_pickle=False)
+    if not unchanged():
+      raise ConfigError('the .bin and .idx files changed while they were read; start again when they are complete')
     found = hashlib.sha256((folder / 'split_keys.npy').read_bytes()).hexdigest()
     (folder / 'ids.json').write_text(json.dumps({'low': low, 'high': high, 'sha256': found}))
 

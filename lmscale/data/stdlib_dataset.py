@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lmscale.data import stdlib, storage, tfds_source
+from lmscale.errors import ConfigError
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -52,7 +53,11 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(cache: pathlib.Path, root: pathlib.Path, files: Sequence[pathlib.Path]) -> dict[str, Sequence[dict]]:
-  """The streams of `files` as random-access sources of {'text', 'name', 'split_key'}; built below `cache` once."""
+  """The streams of `files` as random-access sources of {'text', 'name', 'split_key'}; built below `cache` once.
+
+  Raises:
+    ConfigError: the files changed meanwhile.
+  """
   name = stdlib.version(root, files)
 
   def build(folder: pathlib.Path) -> None:
@@ -60,6 +65,8 @@ def prepare(cache: pathlib.Path, root: pathlib.Path, files: Sequence[pathlib.Pat
       config = StdlibConfig(name=name, root=root, files=files)
       PythonStdlib(data_dir=folder, config=config, file_format='array_record').download_and_prepare()
       shutil.rmtree(folder / 'downloads', ignore_errors=True)  # made empty by TFDS
+    if stdlib.version(root, files) != name:
+      raise ConfigError(f'{root} changed while it was read, so nothing of it was kept; start again')
 
   return storage.ensure(cache / 'stdlib' / name, build, open_streams)
 

@@ -24,7 +24,13 @@ class StdlibSource:
     return f'{stdlib.version(self.root, self.files)}-{self.stream}'
 
   def documents(self, notes: Notes) -> Iterator[document.Document]:
-    """The stream's documents in order of path, read from the prepared data set."""
-    from lmscale.data import stdlib_dataset  # imported where used: TFDS is not needed once the tokens are cached
-    for example in stdlib_dataset.prepare(self.cache, self.root, self.files)[self.stream]:
+    """The stream's documents in order of path, read from the prepared data set. ConfigError if that is damaged."""
+    from lmscale.data import stdlib_dataset, tfds_source  # imported where used: not needed once the tokens are cached
+    examples = stdlib_dataset.prepare(self.cache, self.root, self.files)[self.stream]
+    for number in range(len(examples)):
+      try:
+        example = examples[number]
+      except Exception as error:  # whatever a damaged file makes the libraries raise
+        raise ConfigError(f'{self.cache / "stdlib"}: example {number} of {self.stream} cannot be read: '
+                          f'{tfds_source.one_line(error)}; delete the folder and start again') from error
       yield document.Document(example['text'], int(example['split_key']))

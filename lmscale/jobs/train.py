@@ -47,8 +47,8 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   report = make_report(mesh_config)
   say(format_report(report))
   say(f'peak              {describe_peak(jax.devices()[0].device_kind, config.train.compute_dtype, jax.device_count())}')
-  loader = Loader(mesh_config)
-  held_out = Loader(mesh_config, 'validation') if config.loop.eval_every else None
+  loader = Loader(mesh_config, tell=processes.is_first())
+  held_out = Loader(mesh_config, 'validation', tell=False) if config.loop.eval_every else None
   say(format_data(loader, report['tokens'] // config.train.seq_len))
   with open_workdir(folder, config) as workdir:
     say(f'workdir           {workdir.path}')

@@ -59,6 +59,25 @@ def test_a_full_scan_is_made_once(prefix, monkeypatch):
     open_store(prefix)
 
 
+def test_what_a_scan_found_is_checked_and_never_that_of_other_files(prefix, monkeypatch, caplog):
+  keys = open_store(prefix).split_keys
+  kept, = (prefix.parent / 'cache' / 'megatron').glob('*/split_keys.npy')
+  raw = kept.read_bytes()
+  kept.write_bytes(raw[:-8] + bytes(8))
+  assert np.array_equal(open_store(prefix).split_keys, keys) and kept.read_bytes() == raw
+  assert caplog.messages == [f'{kept.parent} is damaged and built again: split_keys.npy changed']
+  shutil.rmtree(prefix.parent / 'cache')
+  real = document.split_key
+
+  def changing(raw):
+    prefix.with_name('mine.bin').write_bytes(bytes(prefix.with_name('mine.bin').stat().st_size))
+    return real(raw)
+  monkeypatch.setattr(document, 'split_key', changing)
+  with pytest.raises(ConfigError, match='the .bin and .idx files changed while they were read'):
+    open_store(prefix)
+  assert list((prefix.parent / 'cache' / 'megatron').iterdir()) == []
+
+
 @pytest.mark.parametrize(('ids', 'dtype', 'message'), [
   ([5, 257], '<u2', 'ids from 0 to 257, but data.tokenizer has the ids 0 to 256'),
   ([-1, 5], '<i4', 'ids from -1 to 5'),

@@ -97,6 +97,28 @@ def test_a_length_that_is_not_the_splits_is_noticed(tmp_path):
   assert len(stdlib_dataset.prepare(tmp_path / 'cache', tmp_path / 'lib', files)['prose']) == 2
 
 
+def test_a_library_that_changes_while_it_is_read_leaves_nothing(tmp_path, monkeypatch):
+  files = stdlib.stdlib_files(library(tmp_path / 'lib', a='"""A."""', b='"""B."""'))
+  real = stdlib.docstrings
+  monkeypatch.setattr(stdlib, 'docstrings', lambda source: files[0].write_text('x = 1') and real(source))
+  with pytest.raises(config_lib.ConfigError, match='lib changed while it was read'):
+    stdlib_dataset.prepare(tmp_path / 'cache', tmp_path / 'lib', files)
+  assert list((tmp_path / 'cache' / 'stdlib').iterdir()) == []
+
+
+def test_a_damaged_record_is_an_error_that_says_what_to_delete(tmp_path):
+  files = stdlib.stdlib_files(library(tmp_path / 'lib', a='"""A."""\n' + 'x = 1\n' * 99, b='"""B."""'))
+  source = StdlibSource('code', tmp_path / 'cache', files)
+  source.root = tmp_path / 'lib'
+  stdlib_dataset.prepare(tmp_path / 'cache', tmp_path / 'lib', files)
+  records = next((tmp_path / 'cache' / 'stdlib').rglob('*-code.array_record*'))
+  raw = bytearray(records.read_bytes())
+  raw[raw.index(b'x = 1') if b'x = 1' in raw else 200] ^= 255
+  records.write_bytes(raw)
+  with pytest.raises(config_lib.ConfigError, match=r'cache/stdlib: example 0 of code cannot be read: .*; delete the folder'):
+    list(source.documents(Notes()))
+
+
 def test_unknown_stream_is_a_config_error(tmp_path):
   with pytest.raises(config_lib.ConfigError, match="'poetry'.*code, prose"):
     StdlibSource('poetry', tmp_path)
