@@ -20,6 +20,7 @@ from lmscale.plan.report import format_report, make_report
 from lmscale.train import loop, program
 from lmscale.train.console import say
 from lmscale.train.goodput import process_start
+from lmscale.train.resume import check_source
 from lmscale.train.workdir import open_workdir
 
 NEXT = """what to try next:
@@ -39,10 +40,10 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   """
   folder = pathlib.Path(flags.workdir or f'runs/{config.name}').expanduser()
   check_folder(folder)
-  fitting_tokenizer(config)
+  tokenizer = fitting_tokenizer(config)
   mesh_config = resolve_mesh(config, count_devices(config))
   if config.train.init_from and not (folder / 'checkpoints').is_dir():
-    loop.initial_checkpoints(config.train.init_from)
+    check_source(config, tokenizer.identity)
   check_kernels(mesh_config, jax.default_backend())
   report = make_report(mesh_config)
   say(format_report(report))

@@ -16,7 +16,7 @@ import json
 import logging
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
@@ -35,6 +35,9 @@ ADDED = {1: ('spikes', 'norms')}  # what the state did not have in a format
 CHUNK = 2**20  # bytes: a larger row is a chunk of its own in the file, so that one layer can be read alone
 SHOWN = 6  # differences named in an error
 ANNOTATIONS = re.compile(r" \[\w+( \w+)*='.*")  # of TensorStore, behind the reason: error codes, specs of thousands of characters
+
+
+Check = Callable[[int, dict[str, Any]], None]  # of (step, meta); raises ConfigError
 
 
 class DamagedCheckpoint(Exception):
@@ -94,7 +97,8 @@ class Checkpointer:
       self._set_bad_aside()
       if step not in self._manager.all_steps():
         index = index or {}
-        about = {'format': FORMAT, 'user': meta, 'index': stored.to_json(index), 'checksums': stored.checksums(tree, index)}
+        about = {'format': FORMAT, 'step': step, 'user': meta, 'index': stored.to_json(index)}
+        about['checksums'] = stored.checksums(tree, index)
         about['digest'] = _digest(about)
         state = ocp.args.PyTreeSave(tree, save_args=_save_args(tree, index))
         args = ocp.args.Composite(state=state, meta=ocp.args.JsonSave(about))
@@ -103,12 +107,13 @@ class Checkpointer:
       self.wait()
 
   def restore(
-    self, abstract: Any, step: int | None = None, index: Index | None = None
+    self, abstract: Any, step: int | None = None, index: Index | None = None, check: Check = lambda step, meta: None
   ) -> tuple[Any, dict[str, Any]]:
     """(tree, meta) of checkpoint `step`, or of the newest that is whole, on the shardings of `abstract`.
 
     abstract: nested dicts of `jax.ShapeDtypeStruct` with shardings, on any mesh, stacked as `index` says; what is stored may
-    be stacked in another way. A top-level entry that is not asked for is not read. Without `step`, a damaged checkpoint
+    be stacked in another way. A top-level entry that is not asked for is not read. check(step, meta) is called before arrays
+    are read, and may refuse the checkpoint by a ConfigError. Without `step`, a damaged checkpoint
     is passed over with a warning; the next save moves its folder to `<step>.damaged`. Of several processes all must find
     it damaged; where one cannot read its part, that is an error.
 
@@ -119,6 +124,7 @@ class Checkpointer:
     wanted = self.steps()[::-1] if step is None else [step]
     for candidate in wanted:
       try:
+        check(candidate, self.meta(candidate))
         return self._restore(candidate, abstract, index or {})
       except DamagedCheckpoint as damage:
         if step is not None:
@@ -129,6 +135,15 @@ class Checkpointer:
         self._bad.append(candidate)
     found = f'all of {len(wanted)} checkpoints are damaged' if wanted else 'no checkpoint'
     raise ConfigError(f'{self.folder}: {found}; start again in another --workdir')
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """What was stored with checkpoint `step`, without its arrays.
+
+    Raises:
+      DamagedCheckpoint: it is not what was written, or was written as another step.
+      ConfigError: a later version of lmscale wrote it.
+    """
+    return self._about(step)['user']
 
   def wait(self) -> None:
     """Returns when every save is on disk. Raises ConfigError if one failed."""
@@ -190,18 +205,22 @@ class Checkpointer:
     try:
       about = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
       version, digest = about.get('format', 1), about.pop('digest', None)
-      known = {'format': version, 'user': about['user'], 'checksums': about['checksums']}
-      known['index'] = stored.from_json(about.get('index', {}))
     except Exception as error:  # Orbax has no common type for what a damaged file raises
       raise DamagedCheckpoint(_first_line(error)) from error
     if digest not in (None, _digest(about)):
       raise DamagedCheckpoint('its metadata has changed')
+    if about.get('step', step) != step:
+      raise DamagedCheckpoint(f'it is the checkpoint of step {about["step"]}')
     if version not in READABLE:
       raise ConfigError(
         f'checkpoint {self.folder / str(step)} has format {version}, this version of lmscale reads up to {FORMAT}; '
         'update it, or give another --workdir'
       )
-    return known
+    try:
+      index = stored.from_json(about.get('index', {}))
+      return {'format': version, 'user': about['user'], 'checksums': about['checksums'], 'index': index}
+    except Exception as error:
+      raise DamagedCheckpoint(_first_line(error)) from error
 
   def _read(self, step: int, asked: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Some arrays of a checkpoint as they were written, by path."""

@@ -14,10 +14,8 @@ prints and writes.
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,17 +25,17 @@ import jax
 from lmscale import processes as distributed
 from lmscale.config import Config
 from lmscale.data.prefetch import prefetch
-from lmscale.errors import ConfigError
 from lmscale.exit_codes import AGAIN, DIVERGED, DONE, KILLED
 from lmscale.plan.devices import device_peak_flops
 from lmscale.processes.interrupt import Interrupt
+from lmscale.train import resume
 from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.console import Console, printable, quantity
 from lmscale.train.goodput import Goodput
 from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
 from lmscale.train.schedule import Schedule, StepPlan
 from lmscale.train.spikes import TIMES
-from lmscale.train.workdir import Workdir, check_identity
+from lmscale.train.workdir import Workdir
 
 SKIPPED = {  # why a step may be skipped, as counted in metrics: (the field of `train` that is the budget, what such steps were)
   'skipped': ('nonfinite_budget', 'were not finite'),
@@ -63,19 +61,20 @@ def train(
   with, in nats per token (the order-1 entropy). began: when the process started, on the clock of `time.monotonic`.
 
   Raises:
-    ConfigError: the checkpoint does not fit the model or the data.
+    ConfigError: the run may not go on, or not start from train.init_from: see `train.resume`.
   """
   schedule, goodput = Schedule(config), Goodput(began)
   peak = device_peak_flops(jax.devices()[0].device_kind, config.train.compute_dtype)
   peak = peak and peak * jax.device_count()
   with distributed.interrupts() as interrupt, Checkpointer(workdir.checkpoints, config.loop.keep) as checkpoints:
-    complete = (checkpoints.latest() or 0) >= schedule.steps
-    begin = (None, checkpoints.latest()) if complete else _begin(config, program, loader, workdir, checkpoints, goodput)
-    state, start = begin
+    with goodput.spent_on('startup' if checkpoints.latest() is None else 'restore'):
+      state, start, notes = resume.begin(config, program, loader.identity, workdir, checkpoints)
+    complete = start >= schedule.steps
     if complete:
       interrupt.begin()
     first = distributed.is_first()
     if first:
+      workdir.record()
       goodput.resume(workdir.path, start)
     with (
       MetricsWriter(workdir.path, start) if first else contextlib.nullcontext() as writer,
@@ -84,8 +83,11 @@ def train(
         schedule.steps, min(start, schedule.steps), flops_per_token, peak, stream=None if first else nowhere
       ) as console,
     ):
+      for note in notes:
+        console.say(note)
       if start:
-        console.say(f'{"complete" if complete else "going on"}: {workdir.path} is at step {start} of {schedule.steps}')
+        more = ', beyond train.steps: nothing is left to do' if start > schedule.steps else ''
+        console.say(f'{"complete" if complete else "going on"}: {workdir.path} is at step {start} of {schedule.steps}{more}')
       run = Run(config, program, loader, val_loader, tokenizer, schedule, checkpoints, writer, console, goodput)
       with goodput.spent_on('steps'):
         code = DONE if complete else run.steps(state, start, interrupt)
@@ -99,39 +101,6 @@ def train(
         console.end()
         console.say(goodput.describe())
   return code
-
-
-def _begin(
-  config: Config, program: Any, loader: Any, workdir: Workdir, checkpoints: Checkpointer, goodput: Goodput
-) -> tuple[Any, int]:
-  """(state, steps taken): of this run's newest good checkpoint, else of a new run.
-
-  A new run starts from the parameters of train.init_from where that is given (continued pre-training), else from the seed.
-  """
-  if checkpoints.latest() is None:
-    return (_with_parameters_of(config.train.init_from, program) if config.train.init_from else program.init()), 0
-  with goodput.spent_on('restore'):
-    tree, meta = checkpoints.restore(program.abstract_stored(), index=program.index)
-    check_identity(meta['data'], _identity(loader), workdir.path)
-    return program.from_stored(tree), meta['step']
-
-
-def initial_checkpoints(folder: str) -> pathlib.Path:
-  """Where the run that train.init_from names keeps its checkpoints. Raises ConfigError where it has none."""
-  path = pathlib.Path(folder).expanduser() / 'checkpoints'
-  if path.parent.is_file():
-    raise ConfigError(f'train.init_from: {folder} is a file; give the folder of a run (a pickle, .pt or .bin is never read)')
-  if not path.is_dir():
-    raise ConfigError(f'train.init_from: {folder} has no checkpoints; give the folder of a run that saved one')
-  return path
-
-
-def _with_parameters_of(folder: str, program: Any) -> Any:
-  """A fresh state with the parameters of the newest checkpoint of another run of the same model."""
-  fresh = program.init().replace(params=None)  # let go, so that there are never two copies of the parameters
-  with Checkpointer(initial_checkpoints(folder), read_only=True) as other:
-    tree, _ = other.restore({'params': program.abstract_stored()['params']}, index=program.index)
-  return fresh.replace(params=program.params_from_stored(tree['params']))
 
 
 @dataclasses.dataclass
@@ -149,21 +118,25 @@ class Run:
   console: Console
   goodput: Goodput
   clock: 'Clock' = dataclasses.field(default_factory=lambda: Clock())
+  unlabelled: int = 0  # steps of this start in which no label counted
 
   def steps(self, state: Any, start: int, interrupt: Interrupt) -> int:
     """Steps from `start` to the end; returns an exit code.
 
     The order matters. A step's metrics are read after the next step is dispatched, so that the device does not wait for
     the host (unless they are there at once: then reading them now times the step right); but before anything else is
-    done with the state, they are read, checked and logged.
+    done with the state, they are read, checked and logged. When they are read differs from process to process; whether
+    they end the run is acted on at one place in all: after the next step is dispatched, or before something else is done.
     """
-    unread = None
+    unread, going_on = None, True
     self.console.say('compiling the step')
     batches = _batches(self.program, self.loader, self.schedule, start)
     for plan, batch in self.goodput.waiting(batches):
       state, metrics = self.program.step(state, batch)
       interrupt.begin()
-      if unread and not self.log(*unread):
+      if unread:
+        going_on = self.log(*unread)
+      if not going_on:
         return DIVERGED
       unread = plan, metrics
       done = plan.step + 1
@@ -171,11 +144,12 @@ class Run:
       due = stop or done == self.schedule.steps or any(self.due(every, done) for every in self.intervals)
       if not due and not metrics['loss'].is_ready():
         continue
-      if not self.log(*unread, state if self.due(self.config.loop.eval_every, done) else None):
-        return DIVERGED
+      going_on = self.log(*unread, state if self.due(self.config.loop.eval_every, done) else None)
       unread = None
       if not due:
         continue
+      if not going_on:
+        return DIVERGED
       if self.due(self.config.loop.sample_every, done):
         self.sample(state, done)
       if self.config.loop.checkpoint_every and (stop or self.due(self.config.loop.checkpoint_every, done)):
@@ -201,11 +175,12 @@ class Run:
     tokens = plan.batch * self.config.train.seq_len
     self.clock.add(tokens)
     done, ok = plan.step + 1, bool(values['ok'])
-    line = {'step': done, 'tokens': plan.tokens + tokens, 'loss': float(values['loss'])}
-    line |= {'grad_norm': float(values['grad_norm']), 'learning_rate': plan.learning_rate}
+    learned = bool(values['tokens'])  # otherwise loss and norm are sums of nothing
+    loss, norm = (float(values[name]) if learned else math.nan for name in ('loss', 'grad_norm'))
+    line = {'step': done, 'tokens': plan.tokens + tokens, 'loss': loss, 'grad_norm': norm, 'learning_rate': plan.learning_rate}
     left = self.schedule.total_tokens - line['tokens']
     self.console.step(done, line, self.clock.rate, left / self.clock.rate if self.clock.rate else None)
-    within_budget = self.judge(plan, line, values)
+    within_budget = self.judge(plan, line, values) if learned else self.pass_over(plan, line)
     if evaluated is not None and within_budget:
       with self.goodput.spent_on('evaluation'):
         line |= self.evaluate(evaluated, done)
@@ -242,9 +217,23 @@ class Run:
     )
     return False
 
-  def evaluate(self, state: Any, done: int) -> dict[str, float]:
-    """The validation loss in nats per token, and in bits per byte of text where the texts are known."""
-    loss, _ = self.program.evaluate(state, self.val_loader, self.config.loop.eval_samples)
+  def pass_over(self, plan: StepPlan, line: dict[str, Any]) -> bool:
+    """Reports, in `line` too, a step in which no label counts; the run goes on. The more there are, the rarer it is said."""
+    line |= {'first_sample': plan.first_sample, 'batch': plan.batch}
+    self.unlabelled += 1
+    if self.unlabelled.bit_count() == 1:
+      self.console.say(
+        f'step {plan.step + 1}: no label counts (documents of one token have none), so there is no loss and nothing changes '
+        f'({self.unlabelled} such steps so far); its samples are {plan.first_sample}..{plan.first_sample + plan.batch - 1}'
+      )
+    return True
+
+  def evaluate(self, state: Any, done: int) -> dict[str, float | None]:
+    """The validation loss in nats per token, and in bits per byte of text where the texts are known; None where no label counts."""
+    loss, labels = self.program.evaluate(state, self.val_loader, self.config.loop.eval_samples)
+    if not labels:
+      self.console.say(f'step {done}: no label of the validation samples counts, so there is no validation loss')
+      return {'val_loss': None, 'val_bits_per_byte': None}
     per_token = self.val_loader.bytes_per_token(self.config.loop.eval_samples) if distributed.is_first() else None
     bits = loss / math.log(2) / per_token if per_token else None
     self.console.say(f'step {done}: validation loss {loss:.4f}' + (f', {bits:.4f} bits per byte' if bits is not None else ''))
@@ -265,9 +254,7 @@ class Run:
     """Starts a checkpoint; the log up to this step is on disk first."""
     if self.writer:
       self.writer.flush()
-    samples = plan.first_sample + plan.batch
-    meta = {'step': plan.step + 1, 'samples': samples, 'tokens': samples * self.config.train.seq_len}
-    meta |= {'data': _identity(self.loader)}
+    meta = resume.about(self.config, plan, self.loader.identity)
     with self.goodput.spent_on('saving'):
       self.checkpoints.save(plan.step + 1, self.program.stored(state), meta, wait, self.program.index)
 
@@ -286,19 +273,14 @@ def _batches(program: Any, loader: Any, schedule: Schedule, start: int) -> Itera
   return prefetch((plan, program.batch(plan, loader)) for plan in plans)
 
 
-def _identity(loader: Any) -> Any:
-  """loader.identity as JSON gives it back (tuples become lists)."""
-  return json.loads(json.dumps(loader.identity))
-
-
 def _finish(console: Console, workdir: Workdir, reference: float | None) -> None:
   """Draws the loss and says how the run went and where its files are."""
   console.end()
   lines = read_metrics(workdir.path / 'metrics.jsonl')
   plot_loss(workdir.path, reference)
   if lines:
-    loss = 'not finite' if lines[-1]['loss'] is None else f'{lines[-1]["loss"]:.4f}'
-    console.say(f'finished: step {lines[-1]["step"]}, {quantity(lines[-1]["tokens"])}tokens, training loss {loss}')
+    loss = 'no training loss' if lines[-1]['loss'] is None else f'training loss {lines[-1]["loss"]:.4f}'
+    console.say(f'finished: step {lines[-1]["step"]}, {quantity(lines[-1]["tokens"])}tokens, {loss}')
   if validation := [line for line in lines if line.get('val_loss') is not None]:
     loss, bits = validation[-1]['val_loss'], validation[-1]['val_bits_per_byte']
     per_byte = f', {bits:.4f} bits per byte' if bits is not None else ''

@@ -5,7 +5,10 @@ counted token), `grad_norm` (before clipping), `learning_rate`, `tokens_per_seco
 included), `data_wait` (seconds since the line before in which the loop waited for a batch), `seconds` (of the whole run by kind,
 see `train.goodput`); where there was an evaluation also `val_loss` and `val_bits_per_byte`; for a step that was skipped `skipped` (how many
 were not finite so far, with null for the numbers that are not) or `spikes` (how many had a gradient norm above train.spike_skip so
-far), and `first_sample` and `batch`.
+far), and `first_sample` and `batch`. A step in which no label counts has them too, and null for `loss` and `grad_norm`.
+
+samples.txt is for people: after a line `=== step 100 ===` the text that the model wrote then, and an empty line. A line of the
+text that looks like such a heading has a backslash before it (and one that already looks so, one more).
 """
 
 import itertools
@@ -22,7 +25,9 @@ import tensorboardX
 from lmscale.train.console import printable
 from lmscale.train.workdir import write_atomic
 
-SAMPLE_HEADING = re.compile(r'^=== step (\d+) ===$', re.MULTILINE)
+HEADING = '=== step {} ==='
+SAMPLE_HEADING = re.compile(r'^=== step ([0-9]{1,18}) ===$', re.MULTILINE)
+LIKE_HEADING = re.compile(r'^(?=\\*=== step [0-9]{1,18} ===$)', re.MULTILINE)
 
 
 class MetricsWriter:
@@ -55,8 +60,8 @@ class MetricsWriter:
 
   def sample(self, step: int, text: str) -> None:
     """Adds a sampled text to samples.txt."""
-    with self._samples.open('a', encoding='utf-8', errors='backslashreplace') as file:
-      file.write(f'=== step {step} ===\n{text}\n\n')
+    with self._samples.open('a', encoding='utf-8', errors='backslashreplace', newline='') as file:
+      file.write(f'{HEADING.format(step)}\n{quoted(text)}\n\n')
       _sync(file)
     self._events.add_text('sample', text, step)
 
@@ -97,14 +102,28 @@ def cut_metrics(path: pathlib.Path, last_step: int) -> None:
     write_atomic(path, ''.join(line for _, line in zip(range(kept), file, strict=False)))
 
 
+def quoted(text: str) -> str:
+  """A text in which no line is a heading of samples.txt: see above."""
+  return LIKE_HEADING.sub(r'\\', text)
+
+
 def cut_samples(path: pathlib.Path, last_step: int) -> None:
-  """Removes the samples after step `last_step`."""
+  """Removes the samples after step `last_step`: what follows the last heading of a step up to it, from the next heading on."""
   if not path.exists():
     return
-  text = path.read_text(encoding='utf-8', errors='replace')
-  late = [match.start() for match in SAMPLE_HEADING.finditer(text) if int(match[1]) > last_step]
-  if late:
-    write_atomic(path, text[: late[0]])
+  with path.open(encoding='utf-8', errors='replace', newline='') as file:
+    text = file.read()
+  late = None
+  for match in SAMPLE_HEADING.finditer(text):
+    if int(match[1]) <= last_step:
+      late = None  # steps ascend: a later one before this was text of a sample, in a file of an older version
+    elif late is None:
+      late = match.start()
+  torn = text.rpartition('\n')[2]
+  if late is None and torn and HEADING[:9].startswith(torn[:9]):  # a process may have been killed in a heading
+    late = len(text) - len(torn)
+  if late is not None:
+    write_atomic(path, text[:late])
 
 
 def plot_loss(workdir: pathlib.Path, reference: float | None = None, unit: str = 'token') -> pathlib.Path:

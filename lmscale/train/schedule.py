@@ -48,6 +48,35 @@ class Schedule:
     start, first_sample, batch = self._segments[bisect.bisect_right(self._starts, step) - 1]
     return first_sample + (step - start) * batch, batch
 
+  def piece_starts(self, steps: int) -> set[int]:
+    """Those of the steps 0 .. steps - 1 from which on another batch size or another formula of the learning rate holds."""
+
+    def after(step: int) -> int:
+      return sum(self._position(step)) * self._seq_len
+
+    ends = [tokens for tokens, _ in _pieces(self._config.optimizer, self.total_tokens)]
+    starts = [0, *self._starts, *(bisect.bisect_left(range(steps), tokens, key=after) for tokens in ends if tokens < math.inf)]
+    return {step for step in starts if step < steps}
+
+  def rate_formula(self, step: int) -> tuple:
+    """What the learning rate of a step is computed by: equal ones give equal rates at equal tokens."""
+    return _piece(self._config.optimizer, sum(self._position(step)) * self._seq_len, self.total_tokens)
+
+
+def first_difference(a: Schedule, b: Schedule, steps: int) -> int | None:
+  """The first of the steps 0 .. steps - 1 whose samples or learning rate are not exactly the same in both; None if all are.
+
+  Stretches in which both follow one formula are compared as such, so that a run of many steps takes no time.
+  """
+  starts = sorted(a.piece_starts(steps) | b.piece_starts(steps))
+  for start, stop in zip(starts, [*starts[1:], steps], strict=True):
+    if a.plan(start) == b.plan(start) and a.rate_formula(start) == b.rate_formula(start):
+      continue
+    for step in range(start, stop):
+      if a.plan(step) != b.plan(step):
+        return step
+  return None
+
 
 def learning_rate(optimizer: OptimizerConfig, tokens: int, total_tokens: int) -> float:
   """The learning rate of the step that ends with `tokens` consumed (so the first step's is not 0).
@@ -56,18 +85,30 @@ def learning_rate(optimizer: OptimizerConfig, tokens: int, total_tokens: int) ->
   stays, then falls linearly over the last wsd_decay_tokens before decay_tokens; `constant`. decay_tokens = 0 means
   total_tokens. After decay_tokens the rate is min_learning_rate.
   """
+  match _piece(optimizer, tokens, total_tokens):
+    case 'warmup', peak, end:
+      return peak * tokens / end
+    case 'constant', rate:
+      return rate
+    case shape, peak, low, begin, end:
+      share = (tokens - begin) / (end - begin)
+      if shape == 'cosine':
+        share = (1 - math.cos(math.pi * share)) / 2
+      return peak - (peak - low) * share
+
+
+def _piece(optimizer: OptimizerConfig, tokens: int, total_tokens: int) -> tuple:
+  """The formula that holds for the step that ends with `tokens` consumed."""
+  return next(formula for end, formula in _pieces(optimizer, total_tokens) if tokens < end)
+
+
+def _pieces(optimizer: OptimizerConfig, total_tokens: int) -> list[tuple[float, tuple]]:
+  """The formulas of the learning rate in order, with the tokens that each holds below."""
   peak, low = optimizer.learning_rate, optimizer.min_learning_rate
-  if tokens < optimizer.warmup_tokens:
-    return peak * tokens / optimizer.warmup_tokens
+  pieces = [(optimizer.warmup_tokens, ('warmup', peak, optimizer.warmup_tokens))]
   if optimizer.schedule == 'constant':
-    return peak
+    return [*pieces, (math.inf, ('constant', peak))]
   end = optimizer.decay_tokens or total_tokens
   begin = optimizer.warmup_tokens if optimizer.schedule == 'cosine' else end - optimizer.wsd_decay_tokens
-  if tokens >= end:
-    return low
-  if tokens <= begin:
-    return peak
-  share = (tokens - begin) / (end - begin)
-  if optimizer.schedule == 'cosine':
-    share = (1 - math.cos(math.pi * share)) / 2
-  return peak - (peak - low) * share
+  decay = (optimizer.schedule, peak, low, begin, end) if low < peak else ('constant', peak)
+  return [*pieces, (min(begin + 1, end), ('constant', peak)), (end, decay), (math.inf, ('constant', low))]

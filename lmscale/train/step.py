@@ -25,8 +25,8 @@ def make_step(
   """The step, not yet jitted. A batch is one of `parallel.gradients` with `learning_rate`, float32.
 
   metrics: loss (mean nats per counted label), grad_norm (before clipping), usual_norm (the median of the steps before, see
-  `train.spikes`), tokens (counted labels, int32), ok (bool: False where loss or gradient was not finite, or the norm was
-  above train.spike_skip; parameters and moments are then unchanged), skipped and spikes (int32: steps so far for either reason).
+  `train.spikes`), tokens (counted labels, int32), ok (bool: False where loss or gradient was not finite, the norm was above
+  train.spike_skip, or no label counts; parameters and moments are then unchanged), skipped and spikes (int32: steps so far for either reason).
   """
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -36,7 +36,7 @@ def make_step(
     loss, norm = loss_sum * share, global_norm(grads)
     finite, usual = jnp.isfinite(loss) & jnp.isfinite(norm), usual_norm(state.norms)
     spike = finite & is_spike(norm, usual, config.train.spike_skip)
-    ok = finite & ~spike
+    ok = finite & ~spike & (count > 0)  # without a gradient, decay and momentum alone would move the parameters
     params, opt_state = apply_update(
       tx, grads, state.opt_state, state.params, batch['learning_rate'], norm, config.optimizer.clip
     )
@@ -50,7 +50,7 @@ def make_step(
       step=state.step + 1,
       skipped=state.skipped + (~finite).astype(jnp.int32),
       spikes=state.spikes + spike.astype(jnp.int32),
-      norms=keep_norm(state.norms, norm),
+      norms=jnp.where(count > 0, keep_norm(state.norms, norm), state.norms),
     )
     metrics = {'loss': loss, 'grad_norm': norm, 'usual_norm': usual, 'tokens': count, 'ok': ok}
     return state, metrics | {'skipped': state.skipped, 'spikes': state.spikes}

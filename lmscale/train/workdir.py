@@ -1,4 +1,4 @@
-"""A run's folder: who may write in it, what it was started with, and whether a run may go on with other settings.
+"""A run's folder: who may write in it, and with what it was run.
 
   config.json        the config as last run; `config.from_dict` reads it back
   environment.json   versions and hardware as last run
@@ -8,7 +8,6 @@
 Of a run's processes the first holds the lock and writes; the others look that they see the same folder.
 """
 
-import dataclasses
 import datetime
 import fcntl
 import importlib.metadata
@@ -17,6 +16,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -29,7 +29,7 @@ import jax
 from lmscale import config as config_lib
 from lmscale import processes as distributed
 from lmscale import unfinished
-from lmscale.config import Config, run_tokens
+from lmscale.config import Config
 from lmscale.errors import ConfigError
 
 PACKAGES = (
@@ -40,20 +40,16 @@ FILES = ('config.json', 'environment.json', 'goodput.json', 'lock', 'loss.svg', 
 FOLDERS = ('checkpoints', 'tensorboard')
 
 VISIBLE = 30.0  # seconds until a new folder is seen by other hosts
+STEP = re.compile('0|[1-9][0-9]*')  # the name of a checkpoint's folder
 
-# A resumed run may change how and for how long it runs, and what it skips, not what it computes. Fields not named here may not change.
-MAY_CHANGE = (
-  'name', 'emulate', 'mesh.', 'loop.', 'data.cache', 'data.end_token', 'train.steps', 'train.microbatch', 'train.remat', 'train.stack',
-  'train.loss_chunk', 'train.nonfinite_budget', 'train.spike_skip', 'train.spike_budget', 'train.deterministic', 'model.attention.implementation',
-  'model.mamba2.implementation', 'model.mamba2.chunk', 'model.mamba.implementation', 'model.mamba.chunk',
-)  # fmt: skip
+log = logging.getLogger(__name__)
 
 
 class Workdir:
-  """An open, locked run folder; a context manager. `path` is absolute."""
+  """An open, locked run folder; a context manager. `path` is absolute; `config` is what the run is to be run with."""
 
-  def __init__(self, path: pathlib.Path, lock: int | None = None):
-    self.path = path
+  def __init__(self, path: pathlib.Path, config: Config, lock: int | None = None):
+    self.path, self.config = path, config
     self.checkpoints = path / 'checkpoints'
     self._lock = lock
 
@@ -63,6 +59,11 @@ class Workdir:
   def __exit__(self, *error: object) -> None:
     self.close()
 
+  def record(self) -> None:
+    """Writes config.json and environment.json: once it is settled that the run goes on with them. Of several processes the first."""
+    write_atomic(self.path / 'config.json', json.dumps(config_lib.to_dict(self.config), indent=2) + '\n')
+    write_atomic(self.path / 'environment.json', json.dumps(environment(), indent=2) + '\n')
+
   def close(self) -> None:
     """Lets another run use the folder."""
     if self._lock is not None:
@@ -70,18 +71,15 @@ class Workdir:
 
 
 def open_workdir(folder: str | os.PathLike, config: Config) -> Workdir:
-  """Makes and locks the folder, checks that a run in it may go on with `config`, and records config and environment.
-
-  The config is compared once there is a checkpoint to lose.
+  """Makes and locks the folder. Whether a run in it may go on with `config` is for `resume.begin` to say.
 
   Raises:
-    ConfigError: the folder cannot be made or is in use, the config changes what an earlier run there computed, or a
-      process of the run does not see the folder.
+    ConfigError: the folder cannot be made or is in use, or a process of the run does not see the folder.
   """
   path = pathlib.Path(folder).expanduser().absolute()
   if not distributed.is_first():
     _look(path, distributed.share('owner', None))
-    return Workdir(path)
+    return Workdir(path, config)
   made = [p for p in (path, *path.parents) if not p.exists()]
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -90,13 +88,9 @@ def open_workdir(folder: str | os.PathLike, config: Config) -> Workdir:
     lock = _lock(path)
   except OSError as error:
     raise ConfigError(f'workdir {path}: {error.strerror}; give another --workdir') from error
-  workdir = Workdir(path, lock)
+  workdir = Workdir(path, config, lock)
   try:
-    saved = path / 'config.json'
-    if saved.exists() and any(p.name.isdigit() for p in workdir.checkpoints.glob('*')):
-      check_resume(_read_config(saved), config, path)
-    write_atomic(saved, json.dumps(config_lib.to_dict(config), indent=2) + '\n')
-    write_atomic(path / 'environment.json', json.dumps(environment(), indent=2) + '\n')
+    _set_strays_aside(workdir.checkpoints)
     distributed.share('owner', (path / 'lock').read_text())
   except BaseException:
     workdir.close()
@@ -104,48 +98,33 @@ def open_workdir(folder: str | os.PathLike, config: Config) -> Workdir:
   return workdir
 
 
-def check_resume(old: Config, new: Config, path: pathlib.Path) -> None:
-  """Refuses a config under which a resumed run would not be the run that was started.
+def read_config(folder: pathlib.Path) -> Config | None:
+  """The config.json of a run's folder; None where there is none. Raises ConfigError where it cannot be read."""
+  path = folder / 'config.json'
+  if not path.exists():
+    return None
+  try:
+    return config_lib.from_dict(json.loads(path.read_text(encoding='utf-8')))
+  except (ValueError, OSError, RecursionError) as error:
+    raise ConfigError(
+      f'{path}: written by another version of lmscale or damaged ({error}); give another --workdir, or move the file away to '
+      'go by the config in the checkpoint'
+    ) from error
 
-  train.steps may change where that leaves the learning rate of every step as it was: with a constant rate, or where
-  optimizer.decay_tokens says when the decay ends.
 
-  Raises:
-    ConfigError: a heading and one line per field that changed.
+def _set_strays_aside(checkpoints: pathlib.Path) -> None:
+  """Renames what has the name of a checkpoint and cannot be one, a file or a folder without any, to `<step>.stray`.
+
+  It would be taken for the newest checkpoint, and be in the way of the one of that step.
   """
-  before, after = _comparable(old), _comparable(new)
-  lines = []
-  for name in [*before, *(n for n in after if n not in before)]:
-    if before.get(name) == after.get(name) or any(name == f or f[-1] == '.' and name.startswith(f) for f in MAY_CHANGE):
+  for path in sorted(checkpoints.glob('*')):
+    if not STEP.fullmatch(path.name) or path.is_dir() and any(p.is_file() for p in path.rglob('*')):
       continue
-    if name == 'optimizer.decay_tokens' and (old.optimizer.schedule == 'constant') != (new.optimizer.schedule == 'constant'):
-      continue  # only one of the two schedules reads it
-    lines.append(f'  {name}: {_show(before, name)} -> {_show(after, name)}')
-    if name == 'optimizer.warmup_tokens' and old.train.steps != new.train.steps:
-      lines[-1] += f' (a recipe\'s follows the length of the run; keep it by optimizer.warmup_tokens={before[name]})'
-    if name == 'optimizer.decay_tokens' and 0 in (old.optimizer.decay_tokens, new.optimizer.decay_tokens):
-      steps = f'train.steps {old.train.steps} -> {new.train.steps}'
-      lines[-1] += f' (0 means the end of the run, {steps}; keep it by optimizer.decay_tokens={before[name]})'
-  if lines:
-    heading = f'workdir {path} holds a run with other settings; restore them or give another --workdir:'
-    raise ConfigError('\n'.join([heading, *lines]))
-
-
-def check_identity(old: Any, new: Any, path: pathlib.Path) -> None:
-  """Refuses data whose identity (any JSON value) is not the one the checkpoint was trained on.
-
-  Raises:
-    ConfigError: one line per part that changed.
-  """
-  before, after = config_lib.flatten(old), config_lib.flatten(new)
-  lines = [f'  {n or "identity"}: {_show(before, n)} -> {_show(after, n)}' for n in {**before, **after}
-           if before.get(n) != after.get(n)]  # fmt: skip
-  if lines:
-    heading = (
-      f'workdir {path} was trained on other data than it would read now; restore it, or start a new run from its '
-      f'parameters (another --workdir with --config.train.init_from={path}):'
-    )
-    raise ConfigError('\n'.join([heading, *lines]))
+    target, attempt = path.with_name(f'{path.name}.stray'), 1
+    while target.exists():
+      target, attempt = path.with_name(f'{path.name}.stray-{attempt}'), attempt + 1
+    path.rename(target)
+    log.warning('%s is no checkpoint (%s): renamed to %s', path, 'empty' if target.is_dir() else 'a file', target.name)
 
 
 def environment() -> dict[str, Any]:
@@ -184,7 +163,7 @@ def _lock(path: pathlib.Path) -> int:
     os.close(handle)
     raise ConfigError(f'workdir {path} is in use by process {owner}; wait for it or give another --workdir') from None
   except OSError as error:
-    logging.getLogger(__name__).warning('%s cannot be locked (%s): start no second process there', path, error)
+    log.warning('%s cannot be locked (%s): start no second process there', path, error)
     return handle
   os.ftruncate(handle, 0)
   os.write(handle, f'{os.getpid()} on {socket.gethostname()}\n'.encode())
@@ -214,25 +193,6 @@ def _look(path: pathlib.Path, owner: str) -> None:
     f'workdir {path}: on {socket.gethostname()} it is not the folder that process {owner.strip()} writes; '
     'give a --workdir on storage that all processes share'
   )
-
-
-def _read_config(path: pathlib.Path) -> Config:
-  try:
-    return config_lib.from_dict(json.loads(path.read_text(encoding='utf-8')))
-  except (ValueError, OSError, RecursionError) as error:
-    raise ConfigError(f'{path}: written by another version of lmscale or damaged ({error}); give another --workdir') from error
-
-
-def _comparable(config: Config) -> dict[str, Any]:
-  """The config as {path: value}, with optimizer.decay_tokens as the token count that it stands for."""
-  optimizer = config.optimizer
-  if optimizer.schedule != 'constant':
-    optimizer = dataclasses.replace(optimizer, decay_tokens=optimizer.decay_tokens or run_tokens(config.train))
-  return config_lib.flatten(config_lib.to_dict(dataclasses.replace(config, optimizer=optimizer)))
-
-
-def _show(values: dict[str, Any], name: str) -> str:
-  return json.dumps(values[name]) if name in values else 'absent'
 
 
 def _version(package: str) -> str | None:

@@ -14,7 +14,7 @@ from lmscale.data import document, entropy, file_digest, megatron, stdlib
 from lmscale.data import loader as loader_lib
 from lmscale.data.loader import Loader
 from lmscale.data.tokenizer import get_tokenizer
-from lmscale.train.workdir import check_identity
+from lmscale.train.resume import check_identity
 
 SEQ_LEN = 32
 DATA_KEYS = {'tokens', 'labels', 'segment_ids', 'positions'}

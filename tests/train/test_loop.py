@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fake_program import CONFIG, SIZE, FakeLoader, FakeProgram, lines, run, stored
 
+from lmscale import config as config_lib
 from lmscale.errors import ConfigError
 from lmscale.train import loop
 from lmscale.train.checkpoint import Checkpointer
@@ -46,7 +47,7 @@ def test_a_run_leaves_everything(whole):
   assert (whole / 'tensorboard').is_dir()
   assert sorted(int(p.name) for p in (whole / 'checkpoints').iterdir()) == [21, 24]
   assert stored(whole)[1] == {
-    'step': 24, 'samples': 82, 'tokens': 82 * SIZE, 'data': {'name': 'fake', 'files': [1, 2]}
+    'step': 24, 'samples': 82, 'tokens': 82 * SIZE, 'data': {'name': 'fake', 'files': [1, 2]}, 'config': config_lib.to_dict(CONFIG),
   }  # fmt: skip
   text = (whole / 'samples.txt').read_text()
   assert text == '=== step 10 ===\ndef 10104\n\n=== step 20 ===\ndef 20204\n\n=== step 24 ===\ndef 24244\n\n'
@@ -135,6 +136,44 @@ def test_other_data_is_refused(tmp_path):
   assert run(tmp_path, {**constant, 'train.steps': 3}) == loop.DONE
   with pytest.raises(ConfigError, match='name: "fake" -> "other"'):
     run(tmp_path, {**constant, 'train.steps': 6}, loader=FakeLoader('other'))
+
+
+class Unlabelled(FakeProgram):
+  """No label of these steps (from 0) counts: as of the real step, state and metrics are sums of nothing."""
+
+  steps = (4, 5, 6, 7, 13, 23)
+
+  def step(self, state, batch):
+    at = int(state.step)
+    if at not in self.steps:
+      return super().step(state, batch)
+    zero = jnp.float32(0)
+    metrics = {'loss': zero, 'grad_norm': zero, 'usual_norm': zero, 'tokens': jnp.int32(0), 'ok': jnp.bool_(False)}
+    return state.replace(step=state.step + 1), metrics | {'skipped': state.skipped, 'spikes': state.spikes}
+
+
+def test_a_step_without_a_label_has_no_loss_and_says_so(tmp_path, capsys):
+  assert run(tmp_path, {'loop.log_every': 10, 'train.nonfinite_budget': 1, 'train.spike_budget': 1}, program=Unlabelled) == loop.DONE
+  found = {line['step']: line for line in lines(tmp_path)}
+  for step in Unlabelled.steps:
+    plan = Schedule(CONFIG).plan(step)
+    line = {key: value for key, value in found[step + 1].items() if not key.startswith('val_')}
+    assert line == {
+      'step': step + 1, 'tokens': plan.tokens + plan.batch * SIZE, 'loss': None, 'grad_norm': None,
+      'learning_rate': plan.learning_rate, 'first_sample': plan.first_sample, 'batch': plan.batch,
+    }  # fmt: skip
+  said = capsys.readouterr().err
+  told = [step for step in range(25) if f'step {step}: no label counts' in said]
+  assert told == [5, 6, 8] and '(4 such steps so far)' in said and 'step skipped' not in said  # the fifth and sixth are no news
+  assert 'training loss not finite' not in said and 'no training loss' in said
+
+
+def test_validation_samples_without_a_label_have_no_loss(tmp_path, capsys):
+  empty = type('Empty', (FakeProgram,), {'evaluate': lambda *_: (0.0, 0)})
+  assert run(tmp_path, {'train.steps': 7}, program=empty) == loop.DONE
+  assert lines(tmp_path)[-1]['val_loss'] is None and lines(tmp_path)[-1]['val_bits_per_byte'] is None
+  said = capsys.readouterr().err
+  assert 'step 7: no label of the validation samples counts' in said and 'validation loss 0' not in said
 
 
 def counted(folder):
@@ -283,6 +322,30 @@ def test_metrics_are_read_after_the_next_step_is_dispatched(tmp_path, monkeypatc
   order, ready = [], True
   assert run(tmp_path / 'at once', fields, program=Watched) == loop.DONE
   assert order == ['step', 0, 'step', 1, 'step', 2, 'step', 3]
+
+
+@pytest.mark.parametrize(('fields', 'dispatched'), [({}, 13), ({'loop.eval_every': 4}, 12), ({'loop.checkpoint_every': 12}, 12)])
+def test_every_process_stops_after_the_same_step_whenever_its_metrics_are_there(tmp_path, monkeypatch, fields, dispatched):
+  """The budget runs out in step 12. A step is a collective: who dispatches one more than the others waits for ever."""
+
+  class Loss(np.float32):
+    def is_ready(self):
+      return next(ready)
+
+  class Watched(FakeProgram):
+    def step(self, state, batch):
+      steps.append(len(steps) + 1)
+      state, metrics = super().step(state, batch)
+      return state, metrics | {'loss': Loss(metrics['loss'])}
+
+  first = Schedule(CONFIG).plan(9).first_sample
+  fields = {'train.nonfinite_budget': 3, 'loop.eval_every': 0, 'loop.sample_every': 0, 'loop.checkpoint_every': 0} | fields
+  random = np.random.default_rng(0)
+  for i, answers in enumerate([itertools.repeat(True), itertools.repeat(False), iter(lambda: bool(random.integers(2)), None)]):
+    steps, ready = [], answers
+    assert run(tmp_path / str(i), fields, FakeLoader(bad=range(first, first + 400)), Watched) == loop.DIVERGED
+    assert steps[-1] == dispatched
+    assert lines(tmp_path / str(i)) == lines(tmp_path / '0') and lines(tmp_path / '0')[-1]['step'] == 12
 
 
 def test_the_log_is_on_disk_before_a_checkpoint(tmp_path, monkeypatch):

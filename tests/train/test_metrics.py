@@ -1,12 +1,13 @@
 """The files a run leaves: lines, the cut on resume, samples, the picture."""
 
 import json
+import re
 from xml.etree import ElementTree
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from lmscale.train.metrics import MetricsWriter, cut_metrics, plot_loss, read_metrics, smooth
+from lmscale.train.metrics import MetricsWriter, cut_metrics, cut_samples, plot_loss, read_metrics, smooth
 
 
 def line(step, **more):
@@ -58,6 +59,45 @@ def test_resume_cuts_later_lines_and_samples(tmp_path):
   samples = (tmp_path / 'samples.txt').read_text()
   assert 'text 2' in samples and 'text 3' not in samples and 'text 4' not in samples and 'new' in samples
   assert ('start', 3) in events(tmp_path / 'tensorboard')  # tells TensorBoard to drop what it has from step 3 on
+
+
+HEADINGS = ['=== step 9 ===', '\\=== step 9 ===', '\\\\=== step 1 ===', 'a\n=== step 99 ===\nb', '=== step 9 ===\n', 'x\r=== step 9 ===\r\n=== step 3 ===',
+            f'=== step {"9" * 5000} ===', '\u2028=== step 9 ===\u2028', '']  # fmt: skip
+
+
+@pytest.mark.parametrize('text', HEADINGS)
+def test_a_sample_that_looks_like_a_heading_is_a_sample(tmp_path, text):
+  path = tmp_path / 'samples.txt'
+  with MetricsWriter(tmp_path, 0) as writer:
+    for step in (2, 4, 6):
+      writer.sample(step, text)
+  before = path.read_bytes()
+  assert len([found for found in before.decode().split('\n') if re.fullmatch('=== step [246] ===', found)]) == 3
+  for last in (5, 4, 3, 2, 1):
+    cut_samples(path, last)
+    assert path.read_bytes() == before[: len(before) // 3 * (last // 2)]
+  path.write_bytes(before)
+  first = before.decode().split('=== step 2 ===\n')[1].split('\n\n=== step 4 ===\n')[0]
+  assert re.sub(r'(?m)^\\(?=\\*=== step \d{1,18} ===$)', '', first) == text
+
+
+def test_samples_of_an_older_version_are_read(tmp_path):
+  """There a text's line could look like a heading; what was sampled up to the step is kept whatever it holds."""
+  path = tmp_path / 'samples.txt'
+  old = '=== step 2 ===\na\n=== step 9 ===\nb\n\n=== step 4 ===\nc\n\n=== step 6 ===\nd\n\n'
+  for last, kept in ((6, old), (5, old[: old.index('=== step 6')]), (3, old[: old.index('=== step 9')])):
+    path.write_text(old)
+    cut_samples(path, last)
+    assert path.read_text() == kept
+
+
+@pytest.mark.parametrize('torn', ['=', '=== st', '=== step ', '=== step 1', '=== step 12 ==', '=== step 12 ===', '=== step 12 ===\nhalf a te'])
+def test_a_torn_sample_is_cut(tmp_path, torn):
+  path = tmp_path / 'samples.txt'
+  whole = '=== step 2 ===\na\n\n'
+  path.write_text(whole + torn)
+  cut_samples(path, 10)
+  assert path.read_text() == whole
 
 
 def test_resume_from_nothing_starts_an_empty_file(tmp_path):

@@ -81,6 +81,22 @@ def test_a_step_that_is_not_finite_changes_only_the_counters():
   assert (int(state.step), int(state.skipped), int(state.spikes)) == (2, 1, 0)
 
 
+class NoLabels(tiny.Rows):
+  """Every document is one token."""
+
+  def batch(self, first_sample, rows):
+    found = super().batch(first_sample, rows)
+    return found | {'labels': np.full_like(found['labels'], -1)}
+
+
+def test_a_step_in_which_no_label_counts_changes_only_the_number_of_steps():
+  program, state, _ = _run(tiny.config(MeshConfig(1, 4, 2, 1), SMALL), 1)
+  before = jax.tree.map(np.asarray, state)
+  state, metrics = program.step(state, program.batch(Schedule(program.config).plan(1), NoLabels()))
+  assert (float(metrics['loss']), int(metrics['tokens']), bool(metrics['ok'])) == (0.0, 0, False)
+  jax.tree.map(np.testing.assert_array_equal, state, before.replace(step=before.step + 1))
+
+
 @pytest.mark.parametrize('skip', [0.0, 3.0])
 def test_a_spike_changes_only_the_counters_where_it_is_skipped(skip):
   program, state, _ = _run(tiny.config(MeshConfig(1, 4, 2, 1), SMALL, spike_skip=skip), 1)

@@ -1,0 +1,255 @@
+"""Whether a run may go on, and from what: the newest checkpoint that is whole, under settings that compute the same.
+
+A checkpoint's metadata says what it came from (`about`): the steps, samples and tokens taken, the identity of the data and
+the whole config. They are compared with what would go on before the arrays are read:
+
+* a run goes on (`check_run`) where every batch and learning rate used so far and everything else that is computed stays as it
+  was. How and for how long it runs may change, and so may the names and places of its data;
+* a new run starts from the parameters of another (`check_parameters`, train.init_from) where they are the same function of the
+  same tokens. What may be meant, such as a longer context, is told in a line; data and optimizer are its own.
+"""
+
+import json
+import logging
+import pathlib
+import re
+from typing import Any
+
+from lmscale import config as config_lib
+from lmscale.config import USES, Config, run_tokens
+from lmscale.errors import ConfigError
+from lmscale.train.checkpoint import Checkpointer, DamagedCheckpoint
+from lmscale.train.schedule import Schedule, StepPlan, first_difference
+from lmscale.train.workdir import Workdir, read_config
+
+# A resumed run may change how and for how long it runs, and what it skips, not what it computes. Fields not named here may not change.
+MAY_CHANGE = (
+  'name', 'emulate', 'mesh.', 'loop.', 'data.cache', 'train.microbatch', 'train.remat', 'train.stack', 'train.loss_chunk',
+  'train.nonfinite_budget', 'train.spike_skip', 'train.spike_budget', 'train.deterministic', 'model.attention.implementation',
+  'model.mamba2.implementation', 'model.mamba2.chunk', 'model.mamba.implementation', 'model.mamba.chunk',
+)  # fmt: skip
+# Nor these, unless another comparison finds what they stand for equal: the identity of the data; every step's batch and learning rate.
+BY_IDENTITY = ('data.tokenizer', 'data.end_token', 'data.sources.')
+BY_SCHEDULE = (
+  'train.steps', 'train.batch', 'train.ramp_start', 'train.ramp_increment', 'train.ramp_tokens', 'optimizer.schedule',
+  'optimizer.learning_rate', 'optimizer.min_learning_rate', 'optimizer.warmup_tokens', 'optimizer.decay_tokens',
+  'optimizer.wsd_decay_tokens',
+)  # fmt: skip
+# Of a model whose parameters another one takes over: what is no part of the function, and what may be changed on purpose.
+NO_FUNCTION = ('model.init_std', 'model.pattern', *(name for name in MAY_CHANGE if name.startswith('model.')))
+ON_PURPOSE = ('train.seq_len', 'model.rope_base', 'model.mamba2.dt_min', 'model.mamba2.dt_max')
+NAME = re.compile(r'sources\.\d+\.name$')  # in a data identity: what a source is called
+
+log = logging.getLogger(__name__)
+
+
+def about(config: Config, plan: StepPlan, data: Any) -> dict[str, Any]:
+  """What a checkpoint after the step of `plan` came from, as JSON values. data: the loader's identity."""
+  samples = plan.first_sample + plan.batch
+  taken = {'step': plan.step + 1, 'samples': samples, 'tokens': samples * config.train.seq_len}
+  return taken | {'data': _as_json(data), 'config': config_lib.to_dict(config)}
+
+
+def begin(config: Config, program: Any, data: Any, workdir: Workdir, checkpoints: Checkpointer) -> tuple[Any, int, list[str]]:
+  """(state, steps taken, notes for people): of this run's newest checkpoint that is whole, else of a new run.
+
+  A new run starts from the parameters of train.init_from where that is given (continued pre-training), else from the seed.
+
+  Raises:
+    ConfigError: the run may not go on as asked, there are only damaged checkpoints, or one is not of this model.
+  """
+  notes: list[str] = []
+
+  def check(step: int, meta: dict[str, Any]) -> None:
+    notes[:] = check_run(config, data, step, meta, workdir)
+
+  if checkpoints.latest() is None:
+    if not config.train.init_from:
+      return program.init(), 0, notes
+    state, notes = _with_parameters_of(config, program, data)
+    return state, 0, notes
+  tree, meta = checkpoints.restore(program.abstract_stored(), index=program.index, check=check)
+  return program.from_stored(tree), meta['step'], notes
+
+
+def check_run(config: Config, data: Any, step: int, meta: dict[str, Any], workdir: Workdir) -> list[str]:
+  """Whether a run may go on with `config` and `data` from the checkpoint of `step` with this metadata; notes for people.
+
+  The config is compared with the checkpoint's own, else (of an older version) with config.json.
+
+  Raises:
+    ConfigError: it would not be the same run; one line for each difference.
+  """
+  path = workdir.path
+  old, notes = _trained_with(meta, path, step)
+  notes += check_config(old, config, step, path) if old else ['the settings could not be compared']
+  check_identity(meta['data'], data, path, _changed(old, config, BY_IDENTITY) if old else [])
+  plan = Schedule(config).plan(step)
+  wanted = {'samples': plan.first_sample, 'tokens': plan.tokens}
+  if wrong := [f'  {name}: {meta[name]} -> {wanted[name]}' for name in wanted if meta[name] != wanted[name]]:
+    raise ConfigError('\n'.join([f'workdir {path} holds a run that has taken {step} steps with other batches:', *wrong]))
+  return notes
+
+
+def check_config(old: Config, new: Config, taken: int, path: pathlib.Path) -> list[str]:
+  """Refuses a config under which a resumed run would not be the run that was started; notes for people.
+
+  The schedule of batches and learning rates may change for the steps after the `taken` ones. Names and places of data are
+  `check_identity`'s.
+
+  Raises:
+    ConfigError: a heading and one line per field that changed.
+  """
+  lines = [f'  {line}' for line in _changed(old, new, but=(*MAY_CHANGE, *BY_IDENTITY, *BY_SCHEDULE))]
+  schedule = _changed(old, new, BY_SCHEDULE)
+  ends = [c.optimizer.decay_tokens or run_tokens(c.train) for c in (old, new)]
+  if ends[0] == ends[1] or 'constant' in (old.optimizer.schedule, new.optimizer.schedule):
+    schedule = [line for line in schedule if not line.startswith('train.steps')]  # it only says how long the run goes on
+  elif 0 in (old.optimizer.decay_tokens, new.optimizer.decay_tokens):
+    schedule.append(
+      f'optimizer.decay_tokens: {ends[0]} -> {ends[1]} (0 means the end of the run; keep it by optimizer.decay_tokens={ends[0]})'
+    )
+  if old.train.steps != new.train.steps:
+    hint = f' (a recipe\'s follows the length of the run; keep it by optimizer.warmup_tokens={old.optimizer.warmup_tokens})'
+    schedule = [line + hint * line.startswith('optimizer.warmup_tokens') for line in schedule]
+  before, after = Schedule(old), Schedule(new)
+  at = first_difference(before, after, taken)
+  if at is not None:
+    lines += [f'  {line}' for line in schedule]
+  if at is not None and old.train.seq_len == new.train.seq_len:
+    lines.append(f'  step {at + 1} of the {taken} taken: {_plan(before, at)} -> {_plan(after, at)}')
+  if lines:
+    heading = f'workdir {path} holds a run with other settings; restore them or give another --workdir:'
+    raise ConfigError('\n'.join([heading, *lines]))
+  return [f'from step {taken + 1} on: {line}' for line in schedule]
+
+
+def _plan(schedule: Schedule, step: int) -> str:
+  plan = schedule.plan(step)
+  return f'samples {plan.first_sample}..{plan.first_sample + plan.batch - 1}, learning rate {plan.learning_rate!r}'
+
+
+def check_identity(old: Any, new: Any, path: pathlib.Path, fields: list[str] = ()) -> None:
+  """Refuses data whose identity (any JSON value) is not the one the checkpoint was trained on, but for sources' names.
+
+  fields: lines for the fields of the config that were changed, to be told with it.
+
+  Raises:
+    ConfigError: one line per part that changed.
+  """
+  before, after = config_lib.flatten(old), config_lib.flatten(_as_json(new))
+  lines = [f'  {n or "identity"}: {_show(before, n)} -> {_show(after, n)}' for n in {**before, **after}
+           if before.get(n) != after.get(n) and not NAME.match(n)]  # fmt: skip
+  if lines:
+    heading = (
+      f'workdir {path} was trained on other data than it would read now; restore it, or start a new run from its '
+      f'parameters (another --workdir with --config.train.init_from={path}):'
+    )
+    raise ConfigError('\n'.join([heading, *lines, *(f'  {line}' for line in fields)]))
+
+
+def initial_checkpoints(folder: str) -> pathlib.Path:
+  """Where the run that train.init_from names keeps its checkpoints. Raises ConfigError where it has none."""
+  path = pathlib.Path(folder).expanduser() / 'checkpoints'
+  if path.parent.is_file():
+    raise ConfigError(f'train.init_from: {folder} is a file; give the folder of a run (a pickle, .pt or .bin is never read)')
+  if not path.is_dir():
+    raise ConfigError(f'train.init_from: {folder} has no checkpoints; give the folder of a run that saved one')
+  return path
+
+
+def check_source(config: Config, tokenizer: str) -> None:
+  """Looks at the run that train.init_from names before anything is made: see `check_parameters`. Call from every process.
+
+  tokenizer: the identity of the tokenizer.
+  """
+  with Checkpointer(initial_checkpoints(config.train.init_from), read_only=True) as source:
+    for step in reversed(source.steps()):
+      try:
+        check_parameters(config, tokenizer, step, source.meta(step))
+        return
+      except DamagedCheckpoint:  # told when the one before it is restored
+        continue
+
+
+def check_parameters(config: Config, tokenizer: str | None, step: int, meta: dict[str, Any]) -> list[str]:
+  """Whether the parameters of train.init_from's checkpoint are those of `config`'s model; notes for people.
+
+  Raises:
+    ConfigError: they are another function, or of other tokens; one line per field.
+  """
+  folder = pathlib.Path(config.train.init_from).expanduser()
+  old, missing = _trained_with(meta, folder, step)
+  if old is None:
+    raise ConfigError(f'train.init_from: {"".join(missing)}; without it nobody knows what the parameters mean: put it back')
+  lines = [f'  {line}' for line in _changed_function(old, config)]
+  if (before := _tokenizer(meta['data'])) != tokenizer:
+    lines.append(f'  data.tokenizer: {json.dumps(before)} -> {json.dumps(tokenizer)}')
+  if lines:
+    heading = f'train.init_from: the parameters in {folder} (step {step}) are of another model; set as there what it computes:'
+    raise ConfigError('\n'.join([heading, *lines]))
+  notes = [f'starting from the parameters of {folder} at step {step}', *missing]
+  return notes + [f'other than there: {line}' for line in _changed(old, config, ON_PURPOSE)]
+
+
+def _with_parameters_of(config: Config, program: Any, data: Any) -> tuple[Any, list[str]]:
+  """A fresh state with the parameters of the newest checkpoint of train.init_from, and notes for people."""
+  notes: list[str] = []
+
+  def check(step: int, meta: dict[str, Any]) -> None:
+    notes[:] = check_parameters(config, _tokenizer(data), step, meta)
+
+  fresh = program.init().replace(params=None)  # let go, so that there are never two copies of the parameters
+  with Checkpointer(initial_checkpoints(config.train.init_from), read_only=True) as source:
+    tree, _ = source.restore({'params': program.abstract_stored()['params']}, index=program.index, check=check)
+  return fresh.replace(params=program.params_from_stored(tree['params'])), notes
+
+
+def _changed_function(old: Config, new: Config) -> list[str]:
+  """A line for each field that makes equal parameters another function."""
+  lines = [] if old.model.layers == new.model.layers else _changed(old, new, ('model.pattern',))
+  unused = tuple(f'{section}.' for section, symbol in USES.items() if symbol not in new.model.layers)
+  if 'rope' not in (old.model.positions, new.model.positions):
+    unused = (*unused, 'model.rope_')
+  return lines + _changed(old, new, ('model.',), but=(*NO_FUNCTION, *ON_PURPOSE, *unused))
+
+
+def _changed(old: Config, new: Config, of: tuple[str, ...] = ('',), but: tuple[str, ...] = ()) -> list[str]:
+  """`field: before -> after` for each field of two configs that differs. of, but: beginnings of names, a whole name included."""
+  before, after = (config_lib.flatten(config_lib.to_dict(config)) for config in (old, new))
+  return [f'{name}: {_show(before, name)} -> {_show(after, name)}' for name in {**before, **after}
+          if before.get(name) != after.get(name) and _named(name, of) and not _named(name, but)]  # fmt: skip
+
+
+def _named(name: str, beginnings: tuple[str, ...]) -> bool:
+  """Whether `beginnings` holds the name, or a prefix of it that ends with a dot or an underscore (or is empty)."""
+  return any(name == b or b[-1:] in ('', '.', '_') and name.startswith(b) for b in beginnings)
+
+
+def _trained_with(meta: dict[str, Any], folder: pathlib.Path, step: int) -> tuple[Config | None, list[str]]:
+  """(the config of a checkpoint: its own, else the folder's config.json, else None; notes for people).
+
+  Raises:
+    ConfigError: one of them cannot be read.
+  """
+  found = read_config(folder)
+  if 'config' not in meta:
+    return found, [] if found else [f'{folder} has no config.json, and its checkpoint is of a version that kept no config']
+  try:
+    kept = config_lib.from_dict(meta['config'])
+  except ConfigError as error:
+    raise ConfigError(f'checkpoint {folder / "checkpoints" / str(step)}: written by another version of lmscale ({error})') from error
+  return kept, [] if found else [f'{folder / "config.json"} is missing: the config kept in the checkpoint was used']
+
+
+def _tokenizer(data: Any) -> str | None:
+  return data.get('tokenizer') if isinstance(data, dict) else None
+
+
+def _as_json(value: Any) -> Any:
+  """A value as JSON gives it back (tuples become lists)."""
+  return json.loads(json.dumps(value))
+
+
+def _show(values: dict[str, Any], name: str) -> str:
+  return json.dumps(values[name]) if name in values else 'absent'
