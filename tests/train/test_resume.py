@@ -140,7 +140,7 @@ def test_a_checkpoint_beyond_the_last_step_is_said(tmp_path, capsys):
 
 
 def test_a_finished_run_of_a_later_version_is_not_passed_over(copy, monkeypatch):
-  monkeypatch.setattr(checkpoint, 'FORMAT', checkpoint.FORMAT - 1)
+  monkeypatch.setattr(checkpoint, 'READABLE', (1,))
   with pytest.raises(ConfigError, match='update it'):
     run(copy, KEEP)
 
