@@ -106,6 +106,7 @@ def check_config(old: Config, new: Config, taken: int, path: pathlib.Path) -> li
   if ends[0] == ends[1] or 'constant' in (old.optimizer.schedule, new.optimizer.schedule):
     schedule = [line for line in schedule if not line.startswith('train.steps')]  # it only says how long the run goes on
   elif 0 in (old.optimizer.decay_tokens, new.optimizer.decay_tokens):
+    schedule = [line for line in schedule if not line.startswith('optimizer.decay_tokens')]
     schedule.append(
       f'optimizer.decay_tokens: {ends[0]} -> {ends[1]} (0 means the end of the run; keep it by optimizer.decay_tokens={ends[0]})'
     )
