@@ -35,6 +35,7 @@ from lmscale.data import cache as cache_lib
 from lmscale.data import losses, megatron, storage
 from lmscale.data import source as source_lib
 from lmscale.data.reading_notes import Notes
+from lmscale.data.sources import encoding
 from lmscale.data.sources.find_files import find_files
 from lmscale.data.tokenizer import get_tokenizer
 from lmscale.errors import ConfigError
@@ -86,7 +87,8 @@ def build_shard(source: config_lib.SourceConfig, key: str, tokenizer_name: str, 
     if shard_key(source, tokenizer_name, end) != key:
       raise ConfigError(f'{source.name}: changed while it was read; give the command again')
     meta = {'key': key, 'documents': len(kept), 'tokens': sum(writer.lengths), 'skipped': len(notes.skipped),
-            'notices': notes.lines(), 'losses': lost.counts(), 'sha256': {name: _sha256(folder / name) for name in SHARD}}
+            'notices': notes.lines(), 'losses': lost.counts(), 'read': (notes.size, notes.bad),
+            'sha256': {name: _sha256(folder / name) for name in SHARD}}
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
 
   def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -179,6 +181,7 @@ def build(inputs: Sequence[config_lib.SourceConfig], tokenizer_name: str, out: p
         if not sum(shard['documents'] for shard in made):
           raise ConfigError('--input: no document in it')
         try:
+          encoding.judge(*(sum(shard['read'][i] for shard in made) for i in range(2)), f'{len(made)} inputs together')
           losses.report(*losses.total(shard['losses'] for shard in made))
         except ConfigError as error:
           raise ConfigError(f'--input: {error}') from error
@@ -193,8 +196,8 @@ def build(inputs: Sequence[config_lib.SourceConfig], tokenizer_name: str, out: p
 
 
 def _tell_equal(keys: Sequence[str], names: Sequence[str]) -> None:
-  first: dict[str, str] = {}
-  again = [(name, first[key]) for key, name in zip(keys, names, strict=True) if first.setdefault(key, name) != name]
+  first: dict[str, int] = {}
+  again = [(name, names[first[key]]) for i, (key, name) in enumerate(zip(keys, names, strict=True)) if first.setdefault(key, i) != i]
   if again:
     print(f'{len(again)} of {len(names)} inputs hold what another holds, and are in the data set again: the first is '
           f'{again[0][0]}, equal to {again[0][1]}', file=sys.stderr)

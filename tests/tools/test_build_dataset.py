@@ -263,7 +263,7 @@ def test_what_is_there_twice_or_odd_is_told_and_damaged_shards_are_not_merged(tm
   copied = min(corpus.iterdir())
   (tmp_path / 'again.jsonl').write_bytes(copied.read_bytes())
   (tmp_path / 'odd.jsonl').write_bytes(b'{"text": "\xff"}\nbroken\n')
-  inputs = [arg for path in (copied, tmp_path / 'again.jsonl', tmp_path / 'odd.jsonl') for arg in ('--input', f'jsonl:{path}')]
+  inputs = [arg for path in (copied, tmp_path / 'again.jsonl', tmp_path / 'odd.jsonl', copied) for arg in ('--input', f'jsonl:{path}')]
   real = build_dataset.merge
   monkeypatch.setattr(build_dataset, 'merge', None)
   with pytest.raises(TypeError):
@@ -274,7 +274,16 @@ def test_what_is_there_twice_or_odd_is_told_and_damaged_shards_are_not_merged(tm
   assert build_dataset.main([*inputs, '--out', f'{tmp_path}/a']) == 0
   assert [record.getMessage() for record in caplog.records] == [f'{shard.parent} is damaged and built again: shard.bin changed']
   err = capsys.readouterr().err
-  assert f'1 of 3 inputs hold what another holds, and are in the data set again: the first is {tmp_path}/again.jsonl, equal to {copied}' in err
+  assert f'2 of 4 inputs hold what another holds, and are in the data set again: the first is {tmp_path}/again.jsonl, equal to {copied}' in err
   assert f'{tmp_path}/odd.jsonl: 1 pieces of invalid UTF-8 became U+FFFD, the first in {tmp_path}/odd.jsonl:1' in err
   assert build_dataset.main([*inputs, '--out', f'{tmp_path}/b']) == 0
   assert built(tmp_path / 'a') == built(tmp_path / 'b')
+
+
+def test_many_small_files_in_another_encoding_are_refused_together(tmp_path, monkeypatch, capsys):
+  inline(monkeypatch)
+  (tmp_path / 'in').mkdir()
+  for i in range(30):
+    (tmp_path / 'in' / f'{i}.txt').write_bytes(f'{i} un peu déjà vu, mais ça va'.encode('latin-1'))
+  assert build_dataset.main(['--input', f'text:{tmp_path}/in', '--out', f'{tmp_path}/a']) == 2
+  assert 'error: --input: 30 inputs together: 90 of' in capsys.readouterr().err and not (tmp_path / 'a.idx').exists()
