@@ -234,7 +234,8 @@ cases(
   7,
   ('corpus shorter than a sequence', source('short.txt'), ('mine', '1 of 1 documents', '4 tokens', '= 17'),
    {'files': {'short.txt': 'abc'}}),
-  ('nothing held out', '--config.loop.eval_every=2', ('mine', 'validation split', '0 of 1 documents', '0 tokens')),
+  ('too little held out', ('--config.loop.eval_every=2', '--config.data.validation=0.0003'),
+   ('mine', 'text.txt', 'validation split', '1 of 1 documents', '5 tokens', 'raise data.validation from 0.0003 to 0.01')),
 )  # fmt: skip
 cases(
   8,

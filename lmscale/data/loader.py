@@ -21,6 +21,7 @@ from lmscale.data.sampler import Sampler
 
 VERSION = 1  # raise when the same data and seed would give other samples
 SPLITS = ('train', 'validation')
+ENDS = 'ends of documents'  # in the identity of a source that does not hold out whole documents
 ENTROPY_TOKENS = 1 << 24  # of each source that the bigram baseline is counted on
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,13 @@ def _open(index: int, source: config_lib.SourceConfig, tokenizer: tokenizer_lib.
   try:
     return source_lib.open_store(source, tokenizer, root)
   except config_lib.ConfigError as error:
-    raise config_lib.ConfigError(f'data.sources.{index} {source.name!r}: {error}') from error
+    where = '' if source.path in str(error) else f' ({source.path})'
+    raise config_lib.ConfigError(f'data.sources.{index} {source.name!r}{where}: {error}') from error
+
+
+def _path(source: config_lib.SourceConfig) -> str:
+  """Where the texts of a source lie, if that is the user's choice."""
+  return '' if source.kind == 'stdlib' else source.path
 
 
 class Loader:
@@ -57,7 +64,7 @@ class Loader:
     identities = [store.identity for store in self.stores]
     self.copies = [identities[:i].count(identity) for i, identity in enumerate(identities)]
     self.samplers = [
-      Sampler(source.name, store, split, data.validation, self.seq_len, seed, copy)
+      Sampler(source.name, store, split, data.validation, self.seq_len, seed, copy, _path(source))
       for source, store, copy in zip(self.sources, self.stores, self.copies, strict=True)
     ]
     self.contents = same_content.first_equal(self.stores)
@@ -67,8 +74,10 @@ class Loader:
 
   def _identity(self, seed: int, fraction: float) -> dict[str, Any]:
     """Everything a sample depends on, in parts, so that a run that goes on with other data is told what has changed."""
-    sources = [{'name': source.name, 'weight': weight, 'content': store.content, **({'copy': copy} if copy else {})}
-               for source, weight, store, copy in zip(self.sources, self.blend.weights, self.stores, self.copies, strict=True)]
+    sources = [{'name': source.name, 'weight': weight, 'content': store.content, **({'copy': copy} if copy else {}),
+                **({} if sampler.whole else {'held_out': ENDS})}
+               for source, weight, store, copy, sampler
+               in zip(self.sources, self.blend.weights, self.stores, self.copies, self.samplers, strict=True)]
     return {'tokenizer': self.tokenizer.identity, 'sources': sources, 'seq_len': self.seq_len, 'seed': seed,
             'split': self.split, 'validation': fraction, 'version': [VERSION, cache_lib.FORMAT]}
 
@@ -105,11 +114,13 @@ class Loader:
     return out
 
   def summary(self) -> list[dict[str, Any]]:
-    """Per source: name, documents and tokens of this split, weight (they sum to 1), lines skipped when reading, files and
-    bytes that were read."""
-    return [{'name': sampler.name, 'documents': len(sampler.documents), 'tokens': sampler.tokens, 'weight': weight,
-             'skipped': len(sampler.store.skipped), 'files': sampler.store.files, 'bytes': sampler.store.size}
-            for sampler, weight in zip(self.samplers, self.blend.weights, strict=True)]
+    """Per source: name, path (empty where it has none), documents and tokens of this split, weight (they sum to 1), lines
+    skipped when reading, files and bytes that were read, the share of all tokens that is in the other split, and whether the
+    splits are parts of documents."""
+    return [{'name': sampler.name, 'path': _path(source), 'documents': len(sampler.documents), 'tokens': sampler.tokens,
+             'weight': weight, 'skipped': len(sampler.store.skipped), 'files': sampler.store.files, 'bytes': sampler.store.size,
+             'other_split': 1 - sampler.tokens / len(sampler.store.tokens), 'ends': not sampler.whole}
+            for source, sampler, weight in zip(self.sources, self.samplers, self.blend.weights, strict=True)]
 
   def epochs(self, samples: int) -> dict[str, float]:
     """How many times the first `samples` samples pass over each source's texts, by name; sources with the same texts pass

@@ -82,11 +82,19 @@ def check_folder(folder: pathlib.Path) -> None:
 
 
 def format_data(loader: Loader, samples: int) -> str:
-  """One line per source: its tokens, its share of the blend, how often the run passes over it, and what was read."""
+  """One line per source: its tokens, its share of the blend, how often the run passes over it, what was read and what is
+  held out."""
   epochs = loader.epochs(samples)
-  return '\n'.join(
-    f'data {source["name"]:<12} {source["tokens"]:,} tokens in {source["documents"]:,} documents, '
-    f'{source["weight"]:.0%} of the blend, {epochs[source["name"]]:.2f} epochs, '
-    f'{source["files"]:,} file{"s" * (source["files"] != 1)} of {source["bytes"]:,} bytes'
-    for source in loader.summary()
-  )
+  lines = []
+  for source in loader.summary():
+    read = f'{source["files"]:,} file{_s(source["files"])} of {source["bytes"]:,} bytes' + f' ({source["path"]})' * bool(source['path'])
+    lines.append(
+      f'data {source["name"]:<12} {source["tokens"]:,} tokens in {source["documents"]:,} document{_s(source["documents"])}, '
+      f'{source["weight"]:.0%} of the blend, {epochs[source["name"]]:.2f} epochs, {read}, {source["other_split"]:.1%} held out'
+      + ' at the ends of documents' * source['ends']
+    )
+  return '\n'.join(lines)
+
+
+def _s(count: int) -> str:
+  return 's' * (count != 1)

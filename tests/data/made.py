@@ -54,9 +54,9 @@ class Small(tfds.core.GeneratorBasedBuilder):
       yield i, {'text': text, 'tokens': np.frombuffer(text.encode(), np.uint8).astype(np.int32), 'label': i}
 
 
-def prepare(folder):
+def prepare(folder, shards=2):
   """The data set `small` below `folder`."""
   with tfds_source.quiet():
     builder = Small(data_dir=folder, file_format='array_record')
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=2))
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=shards))
   return folder
