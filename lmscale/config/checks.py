@@ -60,6 +60,7 @@ MOST_LAYERS = 2**12
 MOST_EMULATED = 2**12
 
 INTERVALS = {  # where numbers must lie: whatever somebody may have a use for, but no slip of the keyboard
+  'model.mamba2.dt_min': '[0, 1e6]', 'model.mamba2.dt_max': '[0, 1e6]',
   'model.norm_eps': '(0, 1]', 'model.init_std': '(0, 100]', 'model.rope_base': '(0, 1e12]', 'model.rope_fraction': '(0, 1]',
   'optimizer.learning_rate': '(0, 100]', 'optimizer.min_learning_rate': '[0, 100]', 'optimizer.eps': '(0, 1]',
   'optimizer.beta1': '[0, 1)', 'optimizer.beta2': '[0, 1)', 'optimizer.weight_decay': '[0, 100]',
@@ -85,7 +86,8 @@ def validate(config: Config) -> None:
       raise ConfigError(f'{path}: {_get(config, path)} is more than {most}')
   for path, interval in _used(INTERVALS, config):
     _check_number(path, _get(config, path), interval)
-  for check in (_check_heads, _check_positions, _check_ramp, _check_schedule, _check_sources, _check_rest):
+  checks = (_check_heads, _check_dt, _check_positions, _check_dtypes, _check_ramp, _check_schedule, _check_sources, _check_rest)
+  for check in checks:
     check(config)
 
 
@@ -219,6 +221,29 @@ def _check_heads(config: Config) -> None:
   for symbol, part, whole in pairs:
     if symbol in model.layers:
       _check_divides(part, _get(config, part), whole, _get(config, whole))
+
+
+def _check_dt(config: Config) -> None:
+  c = config.model.mamba2
+  if 'M' in config.model.layers and 0 < c.dt_max <= c.dt_min:
+    raise ConfigError(
+      f'model.mamba2.dt_max: {c.dt_max:g} is not above model.mamba2.dt_min {c.dt_min:g}; raise it, or set 0 for no bound'
+    )
+
+
+def _check_dtypes(config: Config) -> None:
+  """float64 is a property of a whole run: JAX has it or has it not."""
+  compute, grad = config.train.compute_dtype, config.train.grad_dtype
+  if grad == 'float64' and compute != 'float64':
+    raise ConfigError(
+      f'train.grad_dtype: float64 with train.compute_dtype {compute}; only a float64 run has float64, '
+      'set train.compute_dtype=float64 or train.grad_dtype=float32'
+    )
+  if grad == 'bfloat16' and compute == 'float64':
+    raise ConfigError(
+      'train.grad_dtype: bfloat16 with train.compute_dtype float64; a float64 run sums its gradients in float64, '
+      'leave it at float32 or set float64'
+    )
 
 
 def _check_positions(config: Config) -> None:

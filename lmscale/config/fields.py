@@ -31,6 +31,8 @@ class Mamba2Config:
   state: int = 32
   conv: int = 4
   chunk: int = 0  # tokens per SSD chunk; 0: the implementation's own choice
+  dt_min: float = 0.0  # the step sizes are raised to this after softplus; 0: no bound
+  dt_max: float = 0.0  # and lowered to this; 0: no bound
   implementation: str = 'auto'  # auto (the best one for the platform) | scan | xla | pallas_triton | pallas_mosaic
 
 
@@ -122,7 +124,7 @@ class TrainConfig:
   ramp_increment: int = 0
   ramp_tokens: int = 0
   compute_dtype: str = 'float32'  # float32 | bfloat16 | float64
-  grad_dtype: str = 'float32'  # dtype in which gradients are accumulated and reduced
+  grad_dtype: str = 'float32'  # dtype in which gradients are accumulated and reduced; a float64 run does it in float64
   remat: str = 'full'  # none | selective | full
   stack: str = 'runs'  # runs | unrolled
   deterministic: bool = True  # False: GPU kernels may add up gradients in any order, which is faster

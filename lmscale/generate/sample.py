@@ -53,7 +53,8 @@ def make_generate(
 
     def advance(tokens: jax.Array, start: jax.Array | int, caches: Any, key: jax.Array) -> tuple[jax.Array, Any]:
       positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-      hidden, caches = model.forward(config.model, params, tokens, Context(positions, **hooks), caches, stacking)
+      ctx = Context(positions, slots=positions[:, 0], **hooks)
+      hidden, caches = model.forward(config.model, params, tokens, ctx, caches, stacking)
       return _pick(model.logits(config.model, params, hidden[:, -1]), temperature, key, ids), caches
 
     def one(carry: tuple, i: jax.Array) -> tuple[tuple, jax.Array]:

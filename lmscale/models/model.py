@@ -16,7 +16,7 @@ from flax import linen as nn
 from lmscale.config import ModelConfig
 from lmscale.kernels.cross_entropy import cross_entropy
 from lmscale.models import stack
-from lmscale.models.context import Context
+from lmscale.models.context import Context, padding_last
 from lmscale.models.layers import RESIDUAL, empty_cache
 from lmscale.models.norms import norm
 from lmscale.models.params import ParamSpec, declared_specs, initial_value, normal
@@ -115,16 +115,19 @@ def forward(
 ) -> tuple[jax.Array, tuple | None]:
   """Tokens to the hidden states that the head reads.
 
-  tokens: int32 [b, t]. params: canonical (then `stacking` is None) or stacked. caches: None, or `empty_caches`.
+  tokens: int32 [b, t]. params: canonical (then `stacking` is None) or stacked. caches: None, or `empty_caches`, which then
+  hold ctx.slots tokens of each row.
   Returns (hidden [b, t, d_model], caches). The compute dtype is that of the embedding.
   """
   layers = params['layers']
   if stacking is None:
     stacking = make_stacking(config.layers, 'unrolled')
     layers = from_layers(layers, stacking)
+  tokens_BT, ctx, undo = (tokens_BT, ctx, None) if caches is None else padding_last(tokens_BT, ctx)
   x_BTD = embed(config, params['embed'], tokens_BT, ctx)
   x_BTD, caches = stack.apply_stack(config, stacking, layers, x_BTD, ctx, caches, remat)
-  return final_norm(config, params['final_norm'], x_BTD), caches
+  hidden_BTD = final_norm(config, params['final_norm'], x_BTD)
+  return hidden_BTD if undo is None else undo(hidden_BTD), caches
 
 
 def head_kernel(params: Params) -> jax.Array:

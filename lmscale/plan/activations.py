@@ -33,7 +33,6 @@ def layer_activations(config: Config, kind: str, remat: str) -> int:
   return mixer_input + (stream - mixer_input + inside) // mesh.tensor
 
 
-NAMED = {'M': 'mamba2', 'm': 'mamba', '*': 'attention'}  # layer kind -> the group of fields that names its kernel
 GPU_ONLY = ('pallas_triton', 'pallas_mosaic', 'cudnn')
 
 
@@ -45,9 +44,11 @@ def check_kernels(config: Config, backend: str | None = None) -> None:
   Raises:
     ConfigError: they cannot, and why.
   """
-  for kind in set(config.model.layers) & set(NAMED):
-    field = f'model.{NAMED[kind]}.implementation'
-    name = getattr(config.model, NAMED[kind]).implementation
+  for kind in set(config.model.layers):
+    section = LAYERS[kind].section
+    field, name = f'model.{section}.implementation', getattr(getattr(config.model, section), 'implementation', None)
+    if name is None:
+      continue  # a kind without a kernel
     if name in GPU_ONLY and backend not in (None, 'gpu'):
       raise ConfigError(f'{field}: {name} runs on an NVIDIA GPU, and the devices here are of kind {backend!r}; set auto')
     try:

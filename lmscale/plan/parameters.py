@@ -4,10 +4,10 @@ import math
 from collections import Counter
 
 from lmscale.config import ModelConfig
+from lmscale.models.layers import LAYERS
 from lmscale.models.model import param_specs
 
-KIND_OF_LAYER = {'*': 'attention', '-': 'mlp', 'M': 'mamba2', 'm': 'mamba'}
-KINDS = ('embedding', 'positions', 'attention', 'mlp', 'mamba2', 'mamba', 'norms', 'head')
+KINDS = ('embedding', 'positions', *(layer.section for layer in LAYERS.values()), 'norms', 'head')
 
 
 def parameters_by_kind(config: ModelConfig) -> dict[str, int]:
@@ -16,7 +16,7 @@ def parameters_by_kind(config: ModelConfig) -> dict[str, int]:
   counts: Counter[str] = Counter()
   for symbol, layer in zip(config.layers, specs['layers'], strict=True):
     for name, spec in layer.items():
-      counts['norms' if name.startswith('norm_') else KIND_OF_LAYER[symbol]] += math.prod(spec.shape)
+      counts['norms' if name.startswith('norm_') else LAYERS[symbol].section] += math.prod(spec.shape)
   outer = {'tokens': 'embedding', 'positions': 'positions', 'kernel': 'head'}
   for part in ('embed', 'final_norm', 'head'):
     for name, spec in specs.get(part, {}).items():

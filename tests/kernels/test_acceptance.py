@@ -378,22 +378,22 @@ def test_a9_prefill_and_decoding_equal_one_pass(dtype, pattern, lengths, padded,
   start = np.asarray(lengths, np.int32)[:, None]
 
   @jax.jit
-  def forward(params, tokens, positions, segment_ids, caches):
-    context = Context(positions, segment_ids)
+  def forward(params, tokens, positions, segment_ids, slots, caches):
+    context = Context(positions, segment_ids, slots)
     stacked = {**params, 'layers': from_layers(params['layers'], plan)}
     hidden, caches = model.forward(config, stacked, tokens, context, caches, plan)
     return model.logits(config, params, hidden), caches
 
   with full_precision(jnp.dtype(dtype)):
     positions = np.broadcast_to(np.arange(total, dtype=np.int32), (rows, total))
-    whole, _ = forward(params, tokens, positions, None, None)
+    whole, _ = forward(params, tokens, positions, None, None, None)
     caches = jax.tree.map(np.asarray, jax.jit(lambda: model.empty_caches(config, plan, rows, total, dtype))())
     real = np.int32(positions[:, :padded] < start)
-    logits, caches = forward(params, np.where(real, tokens[:, :padded], 0), positions[:, :padded], real, caches)
+    logits, caches = forward(params, np.where(real, tokens[:, :padded], 0), positions[:, :padded], real, 0 * start[:, 0], caches)
     got, want = [np.asarray(logits)[real > 0]], [np.asarray(whole)[:, :padded][real > 0]]
     for k in range(steps):
       at = start + k
-      logits, caches = forward(params, np.take_along_axis(tokens, at, 1), at, None, caches)
+      logits, caches = forward(params, np.take_along_axis(tokens, at, 1), at, None, at[:, 0], caches)
       got.append(np.asarray(logits)[:, 0])
       want.append(np.take_along_axis(np.asarray(whole), at[..., None], 1)[:, 0])
   relative, absolute = {'float32': (1e-5, 1e-3), 'bfloat16': (1e-2, 5e-2)}[dtype]

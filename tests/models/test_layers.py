@@ -13,8 +13,7 @@ import tiny
 
 from lmscale.models import model, stack
 from lmscale.models.context import Context, plain_context
-from lmscale.models.layers import rope
-from lmscale.models.stacking import from_layers, make_stacking
+from lmscale.models.layers.attention import rope
 
 KINDS = {'M': 'M', 'm': 'm', '*': '*', '-': '-', 'all': 'M-m*'}
 
@@ -44,32 +43,6 @@ def test_packed_documents_equal_documents_alone(pattern, positions):
     for start, stop in itertools.pairwise(cuts[:-1]):
       alone = _logits(config, params, tokens[:, start:stop])
       np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-10)
-
-
-@pytest.mark.parametrize('pattern', KINDS.values(), ids=KINDS)
-def test_decoding_with_caches_equals_one_pass(pattern):
-  config = tiny.change(tiny.MODEL, pattern=pattern)
-  plan = make_stacking(config.layers, 'unrolled')
-  with jax.enable_x64(True):
-    params = _init(config, jnp.float64)
-    params['layers'] = from_layers(params['layers'], plan)
-    tokens = jax.random.randint(jax.random.key(1), (2, 13), 0, config.vocab)
-
-    @jax.jit
-    def forward(tokens, positions, caches):
-      ctx = plain_context(tokens) if positions is None else Context(positions)
-      return model.forward(config, params, tokens, ctx, caches, plan)
-
-    hidden, _ = forward(tokens, None, None)
-    caches = model.empty_caches(config, plan, 2, 13, jnp.float64)
-    parts, start = [], 0
-    for size in (6, 1, 1, 3, 2):
-      part = tokens[:, start : start + size]
-      positions = jnp.broadcast_to(start + jnp.arange(size), part.shape)
-      out, caches = forward(part, positions, caches)
-      parts.append(out)
-      start += size
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), hidden, atol=1e-10)
 
 
 def test_bfloat16_stays_near_float32():

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 
-def unsupported(q, k, v, q_positions, k_positions, q_segments, k_segments) -> str | None:
+def unsupported(q, k, v, q_positions, k_positions, q_segments, k_segments, q_first) -> str | None:
   """Why `attention_cudnn` cannot take these arguments, in words, or None if it can."""
   t, s, d = q.shape[1], k.shape[1], q.shape[3]
   if {q.dtype, k.dtype, v.dtype} not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)}):
     return f'q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cuDNN has bfloat16 and float16'
-  if q_positions is not None or k_positions is not None:
+  if not (q_positions is k_positions is q_first is None):
     return 'positions are given (a key-value cache); cuDNN takes whole rows'
   if t != s:
     return f'{t} queries and {s} keys; cuDNN takes rows of equal length'
@@ -27,9 +27,9 @@ def unsupported(q, k, v, q_positions, k_positions, q_segments, k_segments) -> st
   return None
 
 
-def attention_cudnn(q, k, v, q_positions, k_positions, q_segments, k_segments):
+def attention_cudnn(q, k, v, q_positions, k_positions, q_segments, k_segments, q_first):
   """Arguments as in `api`; a call that `unsupported` refuses is not for this function."""
-  del q_positions, k_positions
+  del q_positions, k_positions, q_first
   if q_segments is None:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='cudnn')
   t = q.shape[1]

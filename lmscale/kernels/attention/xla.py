@@ -14,7 +14,7 @@ import jax.numpy as jnp
 CHUNK = 512  # queries
 
 
-def attention_xla(q, k, v, q_positions, k_positions, q_segments, k_segments, chunk=CHUNK):
+def attention_xla(q, k, v, q_positions, k_positions, q_segments, k_segments, q_first=None, chunk=CHUNK):
   """Arguments as in `api`, besides chunk: queries whose scores exist at a time."""
   b, t, h, d = q.shape
   s, g = k.shape[1:3]
@@ -27,14 +27,16 @@ def attention_xla(q, k, v, q_positions, k_positions, q_segments, k_segments, chu
     m = jnp.pad(m, ((0, 0), (0, -t % size)) + ((0, 0),) * (m.ndim - 2), constant_values=fill)
     return jnp.moveaxis(m.reshape(m.shape[0], -1, size, *m.shape[2:]), 1, 0)
 
-  queries = split(q_positions, -1 << 30), None if q_segments is None else split(q_segments)
+  segments, first = (None if m is None else split(m) for m in (q_segments, q_first))
+  queries = split(q_positions, -1 << 30), segments, first
   out = _attention(split(q.reshape(b, t, g, h // g, d)), k, v, queries, (k_positions, k_segments))
   return jnp.moveaxis(out, 0, 1).reshape(b, -1, h, d)[:, :t]
 
 
 @jax.custom_vjp
 def _attention(q, k, v, queries, keys):
-  """q [chunks, b, c, g, r, d]; k, v [b, s, g, d]; queries, keys: (positions, segments or None) of their tokens."""
+  """q [chunks, b, c, g, r, d]; k, v [b, s, g, d]; queries: (positions, segments or None, first positions or
+  None) of their tokens; keys: (positions, segments or None)."""
 
   def body(_, inputs):
     q, queries = inputs
@@ -73,8 +75,10 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 def _weights(q, k, queries, keys):
   """The softmax of a chunk's scores [b, g, r, c, s] in the accumulator dtype; zeros where a query sees no key."""
-  (q_positions, q_segments), (k_positions, k_segments) = queries, keys
+  (q_positions, q_segments, q_first), (k_positions, k_segments) = queries, keys
   visible = k_positions[:, None, :] <= q_positions[:, :, None]
+  if q_first is not None:
+    visible &= k_positions[:, None, :] >= q_first[:, :, None]
   if q_segments is not None:
     visible &= (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] != 0)
   visible = visible[:, None, None]  # [b or 1, 1, 1, c, s]

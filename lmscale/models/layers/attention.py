@@ -1,0 +1,112 @@
+"""Causal softmax attention: MHA, GQA or MQA; RoPE on a fraction of each head, or no positions."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmscale.config import ModelConfig
+from lmscale.kernels.attention import attention
+from lmscale.models.context import Context
+from lmscale.models.layers.base import PER_HEAD, TOKENS, Cache, CacheSpec, Layer, cut_groups, named
+from lmscale.models.norms import accumulator
+from lmscale.models.params import normal
+
+
+class Attention(Layer):
+  """Keys and values of earlier tokens are read from the cache, token i of a row's cache in its place i."""
+
+  symbol, title, section = '*', 'attention', 'attention'
+
+  def mix(self, h_BTD: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    config, c = self.config, self.config.attention
+    b, t, _ = h_BTD.shape
+    init = normal(config.init_std)
+    q = self.linear('q', h_BTD, c.heads * c.head_dim, ('embed', 'heads'), init)
+    k = self.linear('k', h_BTD, c.kv_heads * c.head_dim, ('embed', 'kv_heads'), init)
+    v = self.linear('v', h_BTD, c.kv_heads * c.head_dim, ('embed', 'kv_heads'), init)
+    q_BTHP = ctx.constrain(q.reshape(b, t, c.heads, c.head_dim), PER_HEAD)
+    k_BTGP = k.reshape(b, t, c.kv_heads, c.head_dim)
+    v_BTGP = v.reshape(b, t, c.kv_heads, c.head_dim)
+    if config.positions == 'rope':
+      q_BTHP = rope(q_BTHP, ctx.positions, config.rope_fraction, config.rope_base)
+      k_BTGP = rope(k_BTGP, ctx.positions, config.rope_fraction, config.rope_base)
+    where = {'segments': (ctx.segment_ids, TOKENS)}
+    if cache is not None:
+      length = cache['k'].shape[1]
+      places_BT = cache_places(ctx, t, length)
+      k_BTGP, v_BTGP = _write(cache['k'], k_BTGP, places_BT), _write(cache['v'], v_BTGP, places_BT)
+      cache = {'k': k_BTGP, 'v': v_BTGP}
+      where = {'places': (places_BT, TOKENS), 'first': (places_BT - ctx.positions, TOKENS)}
+    k_BTGP, v_BTGP = cut_groups(k_BTGP, ctx), cut_groups(v_BTGP, ctx)
+    operands = {'q': (q_BTHP, PER_HEAD), 'k': (k_BTGP, PER_HEAD), 'v': (v_BTGP, PER_HEAD), **where}
+    (y_BTHP,) = ctx.local(functools.partial(_attend, named(c.implementation)), operands, (PER_HEAD,))
+    y = ctx.constrain(y_BTHP, PER_HEAD).reshape(b, t, c.heads * c.head_dim)
+    return self.linear('out', y, config.d_model, ('heads', 'embed'), normal(self.output_std())), cache
+
+  @staticmethod
+  def cache_specs(config: ModelConfig, batch: int, length: int, dtype: Any) -> dict[str, CacheSpec]:
+    c = config.attention
+    spec = CacheSpec((batch, length, c.kv_heads, c.head_dim), dtype, ('batch', 'length', 'kv_heads', None))
+    return {'k': spec, 'v': spec}
+
+  @staticmethod
+  def flops(config: ModelConfig, seq_len: int, causal: bool) -> int:
+    c = config.attention
+    projections = 2 * config.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+    core = 4 * seq_len * c.heads * c.head_dim  # scores, and their product with the values
+    return projections + (core // 2 if causal else core)
+
+
+def rope(x_BTHP: jax.Array, positions_BT: jax.Array, fraction: float, base: float) -> jax.Array:
+  """Rotary positions (arXiv 2104.09864) on the first `fraction` of each head, halves rotated against each other."""
+  rotary = int(x_BTHP.shape[-1] * fraction)
+  acc = accumulator(x_BTHP.dtype)
+  inverse = base ** (-jnp.arange(0, rotary, 2, dtype=acc) / rotary)
+  angle = positions_BT[..., None, None].astype(acc) * inverse
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  first, second, rest = jnp.split(x_BTHP.astype(acc), [rotary // 2, rotary], axis=-1)
+  rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+  return jnp.concatenate(rotated, axis=-1).astype(x_BTHP.dtype)
+
+
+def cache_places(ctx: Context, t: int, length: int) -> jax.Array:
+  """[b, t] int32: the place of each of t tokens in a cache for `length` tokens, a different one for each token of a row.
+
+  Padding, and tokens that a full cache has no room for, get places from `length` on: nothing is written or read there.
+
+  Raises:
+    ValueError: no `slots`, or more tokens than the cache can ever hold.
+  """
+  if ctx.slots is None:
+    raise ValueError('attention: a cache needs Context.slots, the number of tokens that each of its rows holds')
+  if t > length:
+    raise ValueError(f'attention: {t} tokens at a time do not fit in a cache for {length}')
+  token = jnp.arange(t, dtype=jnp.int32)
+  places_BT = ctx.slots[:, None] + token
+  fits = (places_BT >= 0) & (places_BT < length)
+  if ctx.segment_ids is not None:
+    fits &= ctx.segment_ids != 0
+  return jnp.where(fits, places_BT, length + token)
+
+
+def _write(cache_BSGP: jax.Array, new_BTGP: jax.Array, places_BT: jax.Array) -> jax.Array:
+  """Puts t new keys or values in their places, row by row; places outside the cache are left out."""
+
+  def write(row, new, places):
+    return row.at[places].set(new.astype(row.dtype), mode='drop', unique_indices=True)
+
+  return jax.vmap(write)(cache_BSGP, new_BTGP, places_BT)
+
+
+def _attend(
+  implementation: str | None, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None,
+  places: jax.Array | None = None, first: jax.Array | None = None,
+) -> tuple[jax.Array]:  # fmt: skip
+  """Attention of tokens to one another, or with `places` [b, t] to a cache from place `first` [b, t] on (always in XLA)."""
+  if places is None:
+    return (attention(q, k, v, q_segments=segments, k_segments=segments, implementation=implementation),)
+  slots = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
+  places = jnp.where(places < k.shape[1], places, -1)  # what was not written sees nothing
+  return (attention(q, k, v, q_positions=places, k_positions=slots, q_first=first, implementation='xla'),)
