@@ -216,6 +216,31 @@ def check_no_leak(implementation):
     assert np.all(b[PACKED == 0] == 0)
 
 
+@pytest.mark.parametrize('garbage', [np.nan, np.inf])
+@pytest.mark.parametrize('name', 'qkv')
+def test_what_lies_at_padding_never_matters(name, garbage):
+  arguments = make(4, 2, t=8, s=8, d=8, dtype=np.float32)
+  padded = (PACKED == 0)[..., None, None]
+  clean = arguments | {name: jnp.where(padded, 0, arguments[name])}
+  dirty = arguments | {name: jnp.where(padded, garbage, arguments[name])}
+  segments = {'q_segments': PACKED, 'k_segments': PACKED}
+  want, got = (differentiate(a, 'xla', **segments) for a in (clean, dirty))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+
+
+def test_a_query_sees_a_cache_from_its_first_position_on(assert_close):
+  with jax.enable_x64(True):
+    a = make(4, 2, t=3, s=9)
+    q_positions, first = np.array([[4, 5, 6], [2, 3, 8]]), np.array([[2, 2, 6], [0, -3, 8]])
+    got = attention(**a, q_positions=q_positions, q_first=first)
+    for row, i in np.ndindex(2, 3):
+      low, high = max(first[row, i], 0), q_positions[row, i] + 1
+      keys = {name: a[name][row : row + 1, low:high] for name in 'kv'}
+      want = attention(a['q'][row : row + 1, i : i + 1], **keys, q_positions=np.full((1, 1), high - low))
+      assert_close(got[row, i], want[0, 0], 1e-13)
+
+
 def test_no_document_sees_another():
   check_no_leak('xla')
 
