@@ -1,0 +1,192 @@
+"""Arrays are stored as they lie in memory; any stacking reads any checkpoint, and no state is ever there twice."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lmscale.errors import ConfigError
+from lmscale.models.stacking import Stack, make_stacking
+from lmscale.train import stored
+from lmscale.train.checkpoint import Checkpointer
+
+LAYERS = 'M-M-M-*-*'
+SHAPES = {'M': {'in': (16, 24), 'A_log': (8,)}, '-': {'up': (16, 32)}, '*': {'q': (16, 8)}}
+DIMS = {'in': ('data', 'tensor'), 'A_log': ('tensor',), 'up': ('data', 'tensor'), 'q': (None, 'tensor')}
+TREES = ('params', 'opt/mu', 'opt/nu')
+
+
+def mesh_of(*shape):
+  return jax.make_mesh(shape, ('data', 'tensor'), (AxisType.Auto,) * 2, devices=jax.devices()[: shape[0] * shape[1]])
+
+
+def form(mesh, mode):
+  """(abstract tree, index) of a state whose layers are stacked by `mode`."""
+  places = {f'layers/{i}/{j}': s for i, run in enumerate(make_stacking(LAYERS, mode)) for j, s in enumerate(run)}
+  leaves, index = {}, {}
+  for tree in TREES:
+    leaves[f'{tree}/embed/tokens'] = abstract((40, 16), mesh, ('tensor', 'data'))
+    for path, stack in places.items():
+      index[f'{tree}/{path}'] = stack
+      for name, shape in SHAPES[stack.kind].items():
+        leaves[f'{tree}/{path}/{name}'] = abstract((len(stack.layers), *shape), mesh, (None, *DIMS[name]))
+  return stored.nested(leaves | {'step': abstract((), mesh, (), jnp.int32)}), index
+
+
+def abstract(shape, mesh, dims, dtype=jnp.float32):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*dims)))
+
+
+def filled(tree, index):
+  """Random values that depend on the canonical name alone."""
+
+  def value(name, shape, dtype):
+    draw = np.random.default_rng(list(name.encode())).normal(size=shape)
+    return (100 * draw).astype(dtype)
+
+  leaves = {}
+  for path, leaf in stored.named(tree).items():
+    names, rows = stored.canonical_names(path, index), stored.is_stacked(path, index)
+    shape = leaf.shape[1:] if rows else leaf.shape
+    values = [value(name, shape, leaf.dtype) for name in names]
+    leaves[path] = jax.device_put(np.stack(values) if rows else values[0], leaf.sharding)
+  return stored.nested(leaves)
+
+
+def assert_same(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    assert (a.dtype, a.sharding) == (b.dtype, b.sharding), path
+    np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize('before,after', [('runs', 'runs'), ('runs', 'unrolled'), ('unrolled', 'runs')])
+def test_any_stacking_on_any_mesh_reads_any_checkpoint(tmp_path, before, after):
+  tree = filled(*form(mesh_of(2, 4), before))
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(3, tree, {'at': 3}, wait=True, index=form(mesh_of(2, 4), before)[1])
+  for shape in ((4, 2), (1, 1)):
+    asked, index = form(mesh_of(*shape), after)
+    with Checkpointer(tmp_path) as checkpoints:
+      got, meta = checkpoints.restore(asked, index=index)
+    assert meta == {'at': 3}
+    assert_same(got, filled(asked, index))
+
+
+def test_a_wrong_permutation_is_seen(tmp_path):
+  """The checksums belong to layers, not to places: rows that come back in another order are damage."""
+  asked, index = form(mesh_of(1, 1), 'runs')
+  swapped = {path: Stack(s.kind, s.layers[::-1]) for path, s in index.items()}
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, filled(asked, index), {}, wait=True, index=index)
+    about = json.loads((tmp_path / '1' / 'meta' / 'metadata').read_text())
+    about['index'] = stored.to_json(swapped)
+    about.pop('digest')
+    (tmp_path / '1' / 'meta' / 'metadata').write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match='checksum of .*layers/0/in'):
+      checkpoints.restore(asked, 1, index)
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_the_formats_of_one_array_per_layer_are_read(tmp_path, version):
+  asked, index = form(mesh_of(2, 2), 'runs')
+  asked |= {'norms': abstract((4,), mesh_of(2, 2), ()), 'spikes': abstract((), mesh_of(2, 2), (), jnp.int32)}
+  values = filled(asked, index)
+  old = stored.canonical(values, index)
+  if version == 1:
+    del old['norms'], old['spikes']
+  about = {'format': version, 'user': {'at': version}, 'checksums': stored.checksums(old)}
+  with ocp.CheckpointManager(tmp_path) as manager:
+    args = ocp.args.Composite(state=ocp.args.StandardSave(old), meta=ocp.args.JsonSave(about))
+    manager.save(7, args=args)
+  with Checkpointer(tmp_path) as checkpoints:
+    got, meta = checkpoints.restore(asked, index=index)
+  assert meta == {'at': version}
+  assert_same(got, {name: part for name, part in values.items() if name in old})
+
+
+def test_parameters_alone(tmp_path, monkeypatch):
+  before, after = form(mesh_of(2, 2), 'runs'), form(mesh_of(1, 2), 'unrolled')
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, filled(*before), {}, wait=True, index=before[1])
+    read = []
+    monkeypatch.setattr(checkpoints, '_read', lambda step, asked, real=checkpoints._read: read.extend(asked) or real(step, asked))
+    got, _ = checkpoints.restore({'params': after[0]['params']}, index=after[1])
+  assert all(path.startswith('params/') for path in read)
+  assert_same(got, {'params': filled(*after)['params']})
+
+
+def test_a_save_makes_no_copy_and_a_restore_only_one_group_at_a_time(tmp_path, monkeypatch):
+  """In bytes of the arrays that are alive, at each moment when some are read or made."""
+  mesh = mesh_of(1, 1)
+  (asked, index), (other, other_index) = form(mesh, 'runs'), form(mesh, 'unrolled')
+  alive = []
+  before = live_bytes()
+  tree = filled(asked, index)
+  state = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+  with Checkpointer(tmp_path) as checkpoints:
+    watched(monkeypatch, checkpoints._manager, 'save', alive)
+    checkpoints.save(1, tree, {}, wait=True, index=index)
+    assert live_bytes() - before <= 1.02 * state
+    assert max(alive) - before <= 1.02 * state
+    program = stored._facts.lower({'in': tree['params']['layers']['0']['0']['in']}, True).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 0.02 * state
+    alive.clear()
+    del tree
+    watched(monkeypatch, checkpoints, '_read', alive)
+    watched(monkeypatch, jax, 'block_until_ready', alive)
+    got, _ = checkpoints.restore(other, index=other_index)
+  largest = 3 * 16 * 24 * 4
+  assert len(alive) > 8
+  assert max(alive) - before <= sum(leaf.nbytes for leaf in jax.tree.leaves(got)) + 2 * largest
+
+
+def watched(monkeypatch, owner, name, alive):
+  """Notes the bytes that are alive before and after each call."""
+  real = getattr(owner, name)
+
+  def call(*args, **named):
+    alive.append(live_bytes())
+    result = real(*args, **named)
+    alive.append(live_bytes())
+    return result
+
+  monkeypatch.setattr(owner, name, call)
+
+
+def live_bytes():
+  """An array and views of its shards are one buffer."""
+  buffers = {s.data.unsafe_buffer_pointer(): s.data.nbytes for x in jax.live_arrays() for s in x.addressable_shards}
+  return sum(buffers.values())
+
+
+def test_large_rows_are_chunks_of_their_own(tmp_path):
+  """So that one layer can be read without the others."""
+  shape = (4, 512, 1024)
+  tree = {'params': {'layers': {'0': {'0': {'w': jnp.ones(shape), 'b': jnp.ones((4, 8))}}}}}
+  index = {'params/layers/0/0': Stack('-', (0, 1, 2, 3))}
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, tree, {}, wait=True, index=index)
+    metadata = stored.named(checkpoints._manager.item_metadata(1).state.tree)
+  chunks = {path.rpartition('/')[2]: leaf.storage.chunk_shape for path, leaf in metadata.items()}
+  assert chunks == {'w': (1, 512, 1024), 'b': (4, 8)}
+
+
+def test_a_flipped_bit_names_its_layer(tmp_path):
+  asked, index = form(mesh_of(1, 1), 'runs')
+  tree = filled(asked, index)
+  bad = np.array(tree['params']['layers']['0']['0']['in'])
+  bad.view(np.uint32)[1, 3, 5] ^= 1
+  layer = index['params/layers/0/0'].layers[1]
+  changed = stored.nested(stored.named(tree) | {'params/layers/0/0/in': bad})
+  a, b = stored.checksums(tree, index), stored.checksums(changed, index)
+  assert {name for name in a if a[name] != b[name]} == {f'params/layers/{layer}/in'}
+
+
+def test_index_round_trip():
+  index = form(mesh_of(1, 1), 'runs')[1]
+  assert stored.from_json(json.loads(json.dumps(stored.to_json(index)))) == index
