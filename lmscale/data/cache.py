@@ -79,8 +79,8 @@ def tokenise(source: Source, tokenizer: Tokenizer, cache: pathlib.Path) -> Token
     _write(folder, source, tokenizer, key)
     if source.digest() != content:
       changed = [str(path) for path, state in states.items() if _state(path) != state]
-      raise ConfigError(f'{", ".join(changed[:3]) or "the text"} changed while it was read, so nothing of it was kept; '
-                        'start again when it is complete')
+      raise ConfigError(f'{", ".join(changed[:3]) or "the text"} changed while it was read, so nothing of it was '
+                        'kept; start again when it is complete')
 
   store = storage.ensure(cache / 'tokens' / f'{key}-{LAYOUT}', write, lambda folder: _open(folder, cache))
   notices = (*getattr(source, 'notices', ()), *store.notices)

@@ -1,6 +1,7 @@
 """Hashes of files: of the whole, and of blocks with which damage is found. Each file is read once until it changes.
 
-What was found out is kept per process, and below the cache if the file is large, under the file's state: size, times, inode.
+What was found out is kept per process, and below the cache if the file is large, under the file's state: size, times,
+inode.
 """
 
 import concurrent.futures
@@ -50,8 +51,8 @@ class BlockWriter:
     self._file.write(raw)
     view = memoryview(raw)
     while len(view) >= self._left:
-      self._hash.update(view[:self._left])
-      view = view[self._left:]
+      self._hash.update(view[: self._left])
+      view = view[self._left :]
       self._end_block()
     self._hash.update(view)
     self._left -= len(view)
@@ -67,7 +68,7 @@ class BlockWriter:
 
 
 def check_blocks(path: pathlib.Path, checksums: Sequence[str], cache: pathlib.Path) -> None:
-  """Compares a file with the checksums of its blocks: always if it is small, else once until it changes, on each machine.
+  """Compares a file with its blocks' checksums: always if it is small, else once until it changes, on each machine.
 
   Raises:
     ValueError: it is not what was written.

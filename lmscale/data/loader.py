@@ -45,7 +45,7 @@ class Loader:
   """The blended, packed samples of one split of config.data."""
 
   def __init__(self, config: config_lib.Config, split: str = 'train', tell: bool = True):
-    """Tokenises what is not in the cache yet. Sources of weight 0 are not opened. `tell`: log what is odd about the texts.
+    """Tokenises what is not in the cache yet. Sources of weight 0 are not opened. `tell`: log what is odd about them.
 
     The validation samples do not depend on config.seed, so that runs with other seeds are measured on the same text.
     Raises ConfigError for missing or unusable data.
@@ -74,10 +74,9 @@ class Loader:
 
   def _identity(self, seed: int, fraction: float) -> dict[str, Any]:
     """Everything a sample depends on, in parts, so that a run that goes on with other data is told what has changed."""
+    parts = zip(self.sources, self.blend.weights, self.stores, self.copies, self.samplers, strict=True)
     sources = [{'name': source.name, 'weight': weight, 'content': store.content, **({'copy': copy} if copy else {}),
-                **({} if sampler.whole else {'held_out': ENDS})}
-               for source, weight, store, copy, sampler
-               in zip(self.sources, self.blend.weights, self.stores, self.copies, self.samplers, strict=True)]
+                **({} if sampler.whole else {'held_out': ENDS})} for source, weight, store, copy, sampler in parts]
     return {'tokenizer': self.tokenizer.identity, 'sources': sources, 'seq_len': self.seq_len, 'seed': seed,
             'split': self.split, 'validation': fraction, 'version': [VERSION, cache_lib.FORMAT]}
 
@@ -87,8 +86,8 @@ class Loader:
         log.warning('%s: %s', source.name, notice)
     for i, first in enumerate(self.contents):
       if first != i:
-        log.warning('data.sources %r and %r hold the same texts: they are passed over together, each in an order of its own',
-                    self.sources[first].name, self.sources[i].name)
+        log.warning('data.sources %r and %r hold the same texts: they are passed over together, each in an order of its '
+                    'own', self.sources[first].name, self.sources[i].name)
 
   @property
   def vocab(self) -> int:

@@ -7,7 +7,7 @@ SHOWN = 10  # skipped lines
 
 @dataclasses.dataclass
 class Notes:
-  """Filled while documents are read. Bytes are those of texts as UTF-8, or as they lie in the file where that is UTF-8."""
+  """Filled while documents are read. Bytes are those of UTF-8, damage included."""
 
   skipped: list[str] = dataclasses.field(default_factory=list)  # 'file:line: reason' of what gave no text
   replaced: int = 0  # pieces of invalid UTF-8, UTF-16 or UTF-32, and lone surrogates, that became U+FFFD

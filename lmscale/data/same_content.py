@@ -18,7 +18,7 @@ def first_equal(stores: Sequence[TokenStore]) -> list[int]:
 
 
 def hold_the_same(a: TokenStore, b: TokenStore) -> bool:
-  """Whether two stores of one tokenizer have the same documents, judged by the hashes and lengths of the documents in any
+  """Whether two stores of one tokenizer have the same documents, judged by the documents' hashes and lengths in any
   order, or, where Megatron's files know no texts to hash, by the tokens in their order."""
   if a.identity == b.identity:
     return True
@@ -26,8 +26,10 @@ def hold_the_same(a: TokenStore, b: TokenStore) -> bool:
     return False
   if np.array_equal(_documents(a), _documents(b)):
     return True
+  parts = (slice(at, at + COMPARED) for at in range(0, len(a.tokens), COMPARED))
   return np.array_equal(a.offsets, b.offsets) and all(
-    np.array_equal(a.tokens[at:at + COMPARED], b.tokens[at:at + COMPARED]) for at in range(0, len(a.tokens), COMPARED))
+    np.array_equal(a.tokens[part], b.tokens[part]) for part in parts
+  )
 
 
 def _documents(store: TokenStore) -> np.ndarray:

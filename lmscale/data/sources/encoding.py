@@ -1,7 +1,7 @@
 """Bytes to UTF-8: byte order marks are obeyed, what is no text is refused by name, what is damaged is counted.
 
-A text without a mark is UTF-8. Invalid pieces become U+FFFD and are counted; where they and NULs are more than `MAX_BAD` of
-the bytes (and more than `FEW` bytes), it is no damage but another encoding, or no text: an error.
+A text without a mark is UTF-8. Invalid pieces become U+FFFD and are counted; where they and NULs are more than
+`MAX_BAD` of the bytes (and more than `FEW` bytes), it is no damage but another encoding, or no text: an error.
 """
 
 import codecs
@@ -17,26 +17,46 @@ MAX_BAD, FEW = 0.01, 64
 START = 512  # bytes that tell what a file is
 BOM = codecs.BOM_UTF8  # who cuts a file into lines or pieces takes it off the first
 MARKS = {  # UTF-32's begins with UTF-16's
-  codecs.BOM_UTF32_LE: 'utf-32-le', codecs.BOM_UTF32_BE: 'utf-32-be',
-  codecs.BOM_UTF16_LE: 'utf-16-le', codecs.BOM_UTF16_BE: 'utf-16-be',
+  codecs.BOM_UTF32_LE: 'utf-32-le',
+  codecs.BOM_UTF32_BE: 'utf-32-be',
+  codecs.BOM_UTF16_LE: 'utf-16-le',
+  codecs.BOM_UTF16_BE: 'utf-16-be',
 }
 UNPACK = 'unpack it, or pack it as .gz or .zst'
-CONVERT = 'convert it to JSON lines, for example with pandas: read it and call to_json(path, orient="records", lines=True)'
+CONVERT = 'convert it to JSON lines, for example with pandas and to_json(path, orient="records", lines=True)'
 EXTRACT = 'extract its text first'
 MAGICS = (
-  (b'\xfd7zXZ\0', 'an xz archive', UNPACK), (b'BZh', 'a bzip2 archive', UNPACK), (b'PK\x03\x04', 'a zip archive', UNPACK),
-  (b'PK\x05\x06', 'an empty zip archive', UNPACK), (b'PK\x07\x08', 'a zip archive', UNPACK),
-  (b'7z\xbc\xaf\x27\x1c', 'a 7z archive', UNPACK), (b'Rar!\x1a\x07', 'a rar archive', UNPACK),
-  (b'\x04\x22\x4d\x18', 'an lz4 archive', UNPACK), (b'\xff\x06\0\0sNaPpY', 'a snappy archive', UNPACK),
-  (b'LZIP\x01', 'an lzip archive', UNPACK), (b'\x5d\0\0', 'an lzma archive', UNPACK), (b'\x1f\x9d', 'a .Z archive', UNPACK),
-  (b'\x1f\x8b', 'a gzip archive in an archive', UNPACK), (b'\x28\xb5\x2f\xfd', 'a zstd archive in an archive', UNPACK),
-  (b'PAR1', 'a parquet file', CONVERT), (b'ARROW1\0', 'an Arrow file', CONVERT), (b'FEA1', 'a Feather file', CONVERT),
-  (b'\xff\xff\xff\xff', 'an Arrow stream', CONVERT), (b'Obj\x01', 'an Avro file', CONVERT), (b'ORC\x08', 'an ORC file', CONVERT),
-  (b'\x89HDF\r\n\x1a\n', 'an HDF5 file', CONVERT), (b'\x93NUMPY', 'a NumPy array', CONVERT),
-  (b'SQLite format 3\0', 'an SQLite data base', CONVERT), (b'MMIDIDX\0', 'the index of a Megatron data set', 'use kind megatron'),
-  (b'%PDF-', 'a PDF', EXTRACT), (b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1', 'an old Office document', EXTRACT),
-  (b'\x89PNG\r\n\x1a\n', 'an image', EXTRACT), (b'\xff\xd8\xff', 'an image', EXTRACT), (b'GIF87a', 'an image', EXTRACT),
-  (b'GIF89a', 'an image', EXTRACT), (b'\x7fELF', 'a program', EXTRACT),
+  (b'\xfd7zXZ\0', 'an xz archive', UNPACK),
+  (b'BZh', 'a bzip2 archive', UNPACK),
+  (b'PK\x03\x04', 'a zip archive', UNPACK),
+  (b'PK\x05\x06', 'an empty zip archive', UNPACK),
+  (b'PK\x07\x08', 'a zip archive', UNPACK),
+  (b'7z\xbc\xaf\x27\x1c', 'a 7z archive', UNPACK),
+  (b'Rar!\x1a\x07', 'a rar archive', UNPACK),
+  (b'\x04\x22\x4d\x18', 'an lz4 archive', UNPACK),
+  (b'\xff\x06\0\0sNaPpY', 'a snappy archive', UNPACK),
+  (b'LZIP\x01', 'an lzip archive', UNPACK),
+  (b'\x5d\0\0', 'an lzma archive', UNPACK),
+  (b'\x1f\x9d', 'a .Z archive', UNPACK),
+  (b'\x1f\x8b', 'a gzip archive in an archive', UNPACK),
+  (b'\x28\xb5\x2f\xfd', 'a zstd archive in an archive', UNPACK),
+  (b'PAR1', 'a parquet file', CONVERT),
+  (b'ARROW1\0', 'an Arrow file', CONVERT),
+  (b'FEA1', 'a Feather file', CONVERT),
+  (b'\xff\xff\xff\xff', 'an Arrow stream', CONVERT),
+  (b'Obj\x01', 'an Avro file', CONVERT),
+  (b'ORC\x08', 'an ORC file', CONVERT),
+  (b'\x89HDF\r\n\x1a\n', 'an HDF5 file', CONVERT),
+  (b'\x93NUMPY', 'a NumPy array', CONVERT),
+  (b'SQLite format 3\0', 'an SQLite data base', CONVERT),
+  (b'MMIDIDX\0', 'the index of a Megatron data set', 'use kind megatron'),
+  (b'%PDF-', 'a PDF', EXTRACT),
+  (b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1', 'an old Office document', EXTRACT),
+  (b'\x89PNG\r\n\x1a\n', 'an image', EXTRACT),
+  (b'\xff\xd8\xff', 'an image', EXTRACT),
+  (b'GIF87a', 'an image', EXTRACT),
+  (b'GIF89a', 'an image', EXTRACT),
+  (b'\x7fELF', 'a program', EXTRACT),
 )
 TAR, TAR_AT = b'ustar', 257
 
@@ -50,7 +70,8 @@ codecs.register_error('lmscale-mark', _mark)
 
 def refuse_binary(start: bytes, path: pathlib.Path) -> None:
   """Raises ConfigError where a file that begins with `start` is of a kind that is not text."""
-  found = next(((name, advice) for magic, name, advice in MAGICS if start.startswith(magic) and _is(magic, start, path)), None)
+  fitting = (kind for kind in MAGICS if start.startswith(kind[0]) and _is(kind[0], start, path))
+  found = next(((name, advice) for _, name, advice in fitting), None)
   if start[TAR_AT:].startswith(TAR):
     found = 'a tar archive', UNPACK
   if found:
@@ -59,7 +80,7 @@ def refuse_binary(start: bytes, path: pathlib.Path) -> None:
 
 def _is(magic: bytes, start: bytes, path: pathlib.Path) -> bool:
   """Whether a file is what its magic says; some are letters that a text may begin with."""
-  behind = start[len(magic):len(magic) + 7]
+  behind = start[len(magic) : len(magic) + 7]
   if magic == b'BZh':
     return behind[1:] in (b'1AY&SY', b'\x17\x72\x45\x38\x50\x90')
   if magic == b'\xff\xff\xff\xff':
@@ -88,7 +109,7 @@ def utf8_blocks(blocks: Iterator[bytes], path: pathlib.Path, notes: Notes) -> It
   if encoding:
     notes.note_decoded(path)
     decode = codecs.getincrementaldecoder(encoding)('lmscale-mark').decode
-  for block in itertools.chain([start[len(mark):]], blocks):
+  for block in itertools.chain([start[len(mark) :]], blocks):
     yield _encoded(decode(block), path, notes) if encoding else block
   if failure:
     raise failure
@@ -120,7 +141,7 @@ def decoded(raw: bytes, place: object, notes: Notes) -> bytes:
   if not encoding and not raw.startswith(BOM):
     return raw
   notes.note_decoded(place)
-  return _encoded(raw[len(mark):].decode(encoding, 'lmscale-mark'), place, notes) if encoding else raw[len(BOM):]
+  return _encoded(raw[len(mark) :].decode(encoding, 'lmscale-mark'), place, notes) if encoding else raw[len(BOM) :]
 
 
 class Checked:
@@ -155,5 +176,7 @@ def judge(size: int, bad: int, place: object) -> None:
   """Raises ConfigError where `bad` of `size` bytes at `place` are more than damage."""
   if bad > FEW and bad > MAX_BAD * size:
     raise ConfigError(
-      f'{place}: {bad:,} of {size:,} bytes are NUL or no UTF-8, {bad / size:.1%}, and {MAX_BAD:.0%} is the most that is taken '
-      'for damage: it is in another encoding or no text; convert it, for example with iconv -f latin1 -t utf-8 (or -f utf-16le)')
+      f'{place}: {bad:,} of {size:,} bytes are NUL or no UTF-8, {bad / size:.1%}, and {MAX_BAD:.0%} is the most that is '
+      'taken for damage: it is in another encoding or no text; convert it, for example with iconv -f latin1 -t utf-8 '
+      '(or -f utf-16le)'
+    )

@@ -1,7 +1,8 @@
-"""Which files a path, a folder or a glob stands for: all of them, each once, nothing else, and nothing left out in silence.
+"""Which files a path, a folder or a glob stands for: all of them, each once, nothing else, none left out in silence.
 
-Links are followed; a folder that is reached again (by a second link, or a loop) is not entered again, and of several names
-for one file one is read. Names that begin with a dot (`.git`, `._a.txt`, `.ipynb_checkpoints`) are left out unless named.
+Links are followed; a folder that is reached again (by a second link, or a loop) is not entered again, and of several
+names for one file one is read. Names that begin with a dot (`.git`, `._a.txt`, `.ipynb_checkpoints`) are left out unless
+named.
 """
 
 import collections
@@ -46,8 +47,8 @@ class Place(NamedTuple):
 
 
 def find_files(path: str, suffix: str) -> Files:
-  """The files that `path` names, sorted: a file, a folder (every `suffix` file below, packed or not) or a glob, whose folders
-  stand for their files.
+  """The files that `path` names, sorted: a file, a folder (every `suffix` file below, packed or not) or a glob, whose
+  folders stand for their files.
 
   Raises:
     ConfigError: there is none; a folder cannot be read; a link leads nowhere; `x` and `x.gz` hold different texts.
@@ -174,11 +175,15 @@ def _each_once(found: list[Place]) -> Files:
   packed = _packed_again(paths)
   notices = []
   if again:
-    notices.append(f'{_count(again, "name")} for a file that is read under another, and read once: '
-                   f'the first is {again[0][0]}, which is {again[0][1]}')
+    notices.append(
+      f'{_count(again, "name")} for a file that is read under another, and read once: '
+      f'the first is {again[0][0]}, which is {again[0][1]}'
+    )
   if packed:
-    notices.append(f'{_count(packed, "file")} with the text of another beside it, read once: '
-                   f'the first is {packed[0][0]}, beside {packed[0][1]}')
+    notices.append(
+      f'{_count(packed, "file")} with the text of another beside it, read once: '
+      f'the first is {packed[0][0]}, beside {packed[0][1]}'
+    )
   left_out = {path for path, _ in packed}
   return Files([path for path in paths if path not in left_out], notices)
 
@@ -188,7 +193,7 @@ def _count(found: list, what: str) -> str:
 
 
 def _packed_again(paths: list[pathlib.Path]) -> list[tuple[pathlib.Path, pathlib.Path]]:
-  """(file, file that holds the same text in another packing) for all but one of each group; ConfigError if they differ."""
+  """(file, file with the same text in another packing) for all but one of each group; ConfigError if they differ."""
   groups = collections.defaultdict(list)
   for path in paths:
     groups[path.with_suffix('') if path.suffix.lower() in READ[1:] else path].append(path)
