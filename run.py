@@ -8,7 +8,7 @@
 The same command with the same --workdir resumes. Several processes make one run: see docs/clusters.md. Exit codes:
 
   0    done
-  75   run the same command again: interrupted and saved, or before the first step, or another process of the run is gone
+  75   run the same command again: interrupted and saved, or before the first step, or another process is gone
   3    stopped on steps that were not finite or spikes
   130  interrupted and not saved
   2    a mistake in a flag, a config or the data, one line on stderr; starting again does not help

@@ -119,5 +119,9 @@ def test_parts_do_not_know_what_is_not_theirs(imports):
   assert not wrong
 
 
+def test_the_exceptions_are_still_there(imports):
+  assert all(name in imports[module] for module, name in EXCEPTIONS)
+
+
 def test_nothing_imports_what_stands_above_the_package(imports):
   assert not [module for module, names in imports.items() if any(name.split('.')[0] in ('run', 'tests', 'tools') for name in names)]

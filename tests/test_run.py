@@ -293,6 +293,7 @@ def test_train_hands_the_loop_what_it_needs(capsys, monkeypatch, tmp_path):
   seen = {}
 
   def train(config, made, loader, held_out, workdir, flops, tokenizer, reference, began):
+    workdir.record()
     seen.update(config=config, flops=flops, reference=reference, rows=loader.batch(0, range(2))['tokens'].shape)
     return 75
 
