@@ -92,6 +92,22 @@ def test_quickstart():
   assert {(s.kind, s.path) for s in config.data.sources} == {('stdlib', 'code'), ('stdlib', 'prose')}
 
 
+@pytest.mark.parametrize(('path', 'name', 'kind'), [
+  ('my.txt', 'my', 'text'), ('/a b/Über Land.2.txt', 'Über_Land', 'text'), ('books/', 'books', 'text'), ('c/*.txt.gz', 'text', 'text'),
+  ('d.jsonl', 'd', 'jsonl'), ('e/f.jsonl.zst', 'f', 'jsonl'), ('x:y=1,2.txt', 'x_y_1_2', 'text'),
+])  # fmt: skip
+def test_own_text(path, name, kind):
+  config = load(f'own_text.py:{path}')
+  source, = config.data.sources
+  assert (config.name, source.name, source.kind, source.path) == (name, name, kind, path)
+  assert not config.emulate and config.loop.eval_every and 0 < config.data.validation < 0.2
+
+
+def test_own_text_asks_for_the_text():
+  with pytest.raises(ConfigError, match='which text.*--config=configs/own_text.py:my.txt'):
+    load('own_text.py')
+
+
 def test_architectures_of_the_study():
   """arXiv 2406.07887, section 2 and the public 8B scripts."""
   transformer, mamba, mamba2, hybrid = (study(arch).model for arch in ARCHITECTURES)
