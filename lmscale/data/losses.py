@@ -39,12 +39,12 @@ class Losses:
     if suspects:
       before = [texts[i].decode('utf-8', 'replace') for i in suspects]
       after = self.tokenizer.decode_batch([ids[i] for i in suspects])
-      lost = count_lost(''.join(before), ''.join(after))
-      self.lost += lost
-      pairs = list(zip(before, after, strict=True))
+      lost = lost_characters(text := ''.join(before), ''.join(after))
+      self.lost += sum(lost.values())
       if lost and not self.example:
-        self.example = next((_shown(*pair) for pair in pairs if count_lost(*pair)), _shown(*pairs[0]))
-      self._note_change(pairs)
+        at = min(text.index(c) for c, count in lost.items() if 2 * count >= max(lost.values()))
+        self.example = f'for example in {text[at:at + SHOWN]!r}'
+      self._note_change(zip(before, after, strict=True))
     if self.characters > ENOUGH and self.lost > HOPELESS * self.characters:
       self.finish()
 
@@ -82,7 +82,7 @@ def report(lost: int, characters: int, example: str, changed: str) -> None:
 def notice_of(lost: int, characters: int, example: str, changed: str) -> str:
   """What was lost or changed, in a line; empty where nothing was. Raises ConfigError if more than `MOST` of the characters
   are lost."""
-  said = f'the tokenizer loses {lost / max(characters, 1):.2%} of the text, {lost:,} of {characters:,} characters: {example}'
+  said = f'the tokenizer loses {lost / max(characters, 1):.2%} of the text, {lost:,} of {characters:,} characters, {example}'
   if lost > MOST * characters:
     raise ConfigError(f'{said}; at most {MOST:.0%} may be lost: {ADVICE}')
   if lost:
@@ -90,8 +90,8 @@ def notice_of(lost: int, characters: int, example: str, changed: str) -> str:
   return f'the tokenizer does not keep every text: {changed}; bits per byte count the original bytes' if changed else ''
 
 
-def count_lost(before: str, after: str) -> int:
-  """How many characters of `before` are not in `after`, wherever they are and in whatever form."""
+def lost_characters(before: str, after: str) -> dict[str, int]:
+  """How many of which characters of `before` are not in `after`, wherever they are and in whatever form."""
   counts = [np.bincount(_codes(text)) for text in (before, after)]
   difference = np.zeros(max(map(len, counts)), np.int64)
   for sign, count in zip((1, -1), counts, strict=True):
@@ -101,13 +101,14 @@ def count_lost(before: str, after: str) -> int:
   for code in extra:
     for form in _forms(int(code)):
       left[form] -= int(difference[code])
-  lost = 0
+  lost = {}
   for code in missing:
     count, forms = int(difference[code]), _forms(int(code))
     found = min([count, *(left[form] // forms.count(form) for form in forms)])
     for form in forms:
       left[form] -= found
-    lost += count - found
+    if count > found:
+      lost[chr(code)] = count - found
   return lost
 
 

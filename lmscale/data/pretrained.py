@@ -137,7 +137,7 @@ def _identity(kind: str, raw: bytes, hiding: bool, end: int, usual_end: int | No
 def _named(end: str, known: Container[str], names: Iterable[str]) -> str:
   """`end`, the token of data.end_token. Raises ConfigError with near ones of `names` where it is not `known`."""
   if end not in known:
-    near = difflib.get_close_matches(end, list(names), 3, 0.6)
+    near = difflib.get_close_matches(end, list(dict.fromkeys(names)), 3, 0.6)
     raise ConfigError(f'data.end_token: it has no token {end!r}'
                       + (f'; did you mean {" or ".join(map(repr, near))}?' if near else '; leave it empty for the usual one'))
   return end
