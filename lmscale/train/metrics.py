@@ -136,8 +136,8 @@ def plot_loss(workdir: pathlib.Path, reference: float | None = None, unit: str =
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
-  lines = [line for line in read_metrics(workdir / 'metrics.jsonl') if line.get('loss') is not None]
-  tokens, loss = [line['tokens'] for line in lines], [line['loss'] for line in lines]
+  lines = read_metrics(workdir / 'metrics.jsonl')
+  tokens, loss = ([line[name] for line in lines if line.get('loss') is not None] for name in ('tokens', 'loss'))
   validation = [(line['tokens'], line['val_loss']) for line in lines if line.get('val_loss') is not None]
   style = {'svg.fonttype': 'none', 'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False}
   with pyplot.rc_context(style):

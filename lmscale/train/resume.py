@@ -160,9 +160,12 @@ def initial_checkpoints(folder: str) -> pathlib.Path:
 
 
 def check_source(config: Config, tokenizer: str) -> None:
-  """Looks at the run that train.init_from names before anything is made: see `check_parameters`. Call from every process.
+  """Looks at the run that train.init_from names before anything is made. Call from every process.
 
   tokenizer: the identity of the tokenizer.
+
+  Raises:
+    ConfigError: it has no checkpoint whose metadata is whole, or see `check_parameters`.
   """
   with Checkpointer(initial_checkpoints(config.train.init_from), read_only=True) as source:
     for step in reversed(source.steps()):
@@ -171,6 +174,7 @@ def check_source(config: Config, tokenizer: str) -> None:
         return
       except DamagedCheckpoint:  # told when the one before it is restored
         continue
+  raise ConfigError(f'train.init_from: no checkpoint in {config.train.init_from} is whole')
 
 
 def check_parameters(config: Config, tokenizer: str | None, step: int, meta: dict[str, Any]) -> list[str]:
