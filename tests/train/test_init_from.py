@@ -63,11 +63,11 @@ def test_every_difference_of_the_function_has_a_line_and_so_has_the_tokenizer():
   ]  # fmt: skip
 
 
-@pytest.mark.parametrize(('path', 'value'), [('model.rope_base', 5e5), ('train.seq_len', 1024)])
+@pytest.mark.parametrize(('path', 'value'), [('model.rope_base', 5e5), ('train.seq_len', 1024), ('model.mamba2.dt_max', 0.1), ('model.mamba2.dt_min', 0.01)])
 def test_what_may_be_meant_is_told(path, value):
   start = 'starting from the parameters of source at step 4'
   missing = 'source/config.json is missing: the config kept in the checkpoint was used'
-  before = 10000.0 if path == 'model.rope_base' else 256
+  before = {'model.rope_base': 10000.0, 'train.seq_len': 256}.get(path, 0.0)
   told = f'other than there: {path}: {json.dumps(before)} -> {json.dumps(value)}'
   assert parameters(ALL, change(ALL, path, value)) == [start, missing, told]
 
