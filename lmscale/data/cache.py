@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from lmscale.data import document, file_digest, storage
-from lmscale.data.files import unreadable
 from lmscale.data.losses import Losses, notice_of
 from lmscale.data.reading_notes import Notes
 from lmscale.data.tokenizer import Tokenizer
@@ -92,7 +91,7 @@ def _state(path: pathlib.Path) -> tuple[int, int]:
   try:
     status = path.stat()
   except OSError as error:
-    raise unreadable(path, error) from error
+    raise file_digest.unreadable(path, error) from error
   return status.st_size, status.st_mtime_ns
 
 

@@ -15,13 +15,18 @@ import uuid
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from lmscale.data.files import unreadable
+from lmscale.errors import ConfigError
 
 SETTLED = 2.0  # seconds: a file changed more recently may change again without its time telling
 KEPT_FROM = 1 << 26  # bytes of a file of which it is worth keeping on disk what was found
 BLOCK = 1 << 24  # bytes under one checksum
 
 _known: dict[tuple, bytes] = {}
+
+
+def unreadable(path: pathlib.Path, error: OSError) -> ConfigError:
+  """The error for a file that the system does not let us read."""
+  return ConfigError(f'data file {path}: cannot be read: {error.strerror}')
 
 
 def digest(path: pathlib.Path, cache: pathlib.Path | None = None) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from lmscale.data.extras import need
+from lmscale.data.file_digest import unreadable
 from lmscale.data.reading_notes import Notes
 from lmscale.data.sources import encoding
 from lmscale.errors import ConfigError
@@ -25,11 +26,6 @@ ZSTD_SKIPPED = b'\x2a\x4d\x18'  # behind a byte 0x50 to 0x5f: a frame of other d
 
 class Damaged(ValueError):
   """A file stops giving bytes before its end."""
-
-
-def unreadable(path: pathlib.Path, error: OSError) -> ConfigError:
-  """The error for a file that the system does not let us read."""
-  return ConfigError(f'data file {path}: cannot be read: {error.strerror}')
 
 
 def blocks(path: pathlib.Path) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from lmscale.data import document, file_digest, files
+from lmscale.data import document, file_digest
 from lmscale.data.reading_notes import Notes
 from lmscale.data.sources import encoding
 from lmscale.errors import ConfigError
@@ -163,7 +163,7 @@ def _check_description(folder: pathlib.Path) -> None:
         raise ConfigError(f'{path}: {path.stat().st_size} bytes; no description of a data set is that long')
       described = json.loads(path.read_text('utf-8'))
     except OSError as error:
-      raise files.unreadable(path, error) from error
+      raise file_digest.unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
       raise ConfigError(f'{path}: not JSON: {one_line(error)}') from error
     for found in _classes(described):

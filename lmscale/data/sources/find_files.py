@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from lmscale.data import files
+from lmscale.data import file_digest, files
 from lmscale.errors import ConfigError
 
 READ = ('', '.gz', '.zst')  # what may stand behind a suffix
@@ -151,7 +151,7 @@ def _place(path: pathlib.Path, folder: Place | None = None) -> Place:
   try:
     status = os.stat(path)
   except OSError as error:
-    raise _dangling(path) if link else files.unreadable(path, error) from error
+    raise _dangling(path) if link else file_digest.unreadable(path, error) from error
   if folder is None:
     return Place(path, os.path.realpath(path), False, status)
   real = os.path.realpath(path) if link or path.name == '..' else os.path.join(folder.real, path.name)
