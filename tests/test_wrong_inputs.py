@@ -28,8 +28,8 @@ import pytest
 
 import run
 from lmscale import config as config_lib
-from lmscale.data import files
 from lmscale.data.loader import Loader
+from lmscale.data.sources import file_streams
 from lmscale.errors import ConfigError
 from lmscale.interop import folder as folder_lib
 from lmscale.jobs import train as train_job
@@ -244,7 +244,7 @@ cases(
     'act': lambda folder: reads('a\0b\r\n\ufffd\ufffd' + TEXT, source('odd.txt'))}),
   ('lone surrogate and a long line', '', ('odd.jsonl:2: longer than 200 bytes', '1 lines'),
    {'files': {'odd.jsonl': '{"text": "a\\ud800b"}\r\n{"text": "' + 'x' * 300 + '"}\n{"text": "' + 'y' * 50 + '"}'}, 'code': 0,
-    'prepare': lambda folder, patch: patch.setattr(files, 'MAX_LINE', 200),
+    'prepare': lambda folder, patch: patch.setattr(file_streams, 'MAX_LINE', 200),
     'act': lambda folder: reads('a\ufffdb' + 'y' * 50, source('odd.jsonl', 'jsonl'))}),
 )  # fmt: skip
 GOOD_LINE = json.dumps({'text': TEXT}) + '\n'
@@ -271,7 +271,7 @@ cases(
   ('no archive', source('x.txt.gz'), ('x.txt.gz', 'is no .gz archive', '6c 69 6e 65'), {'files': {'x.txt.gz': TEXT}}),
   ('bomb', source('x.txt.gz'), ('x.txt.gz', 'unpacks to more than'),
    {'files': {'x.txt.gz': gzip.compress(bytes(1 << 22))},
-    'prepare': lambda folder, patch: patch.setattr(files, 'BOMB_BYTES', 1 << 20)}),
+    'prepare': lambda folder, patch: patch.setattr(file_streams, 'BOMB_BYTES', 1 << 20)}),
 )  # fmt: skip
 
 
@@ -695,8 +695,8 @@ def without(*packages: str) -> Callable:
       monkeypatch.setitem(sys.modules, package, None)
     # Another test may have imported these, or have filled the cache.
     for name in ('tfds_source', 'stdlib_dataset'):
-      monkeypatch.delitem(sys.modules, f'lmscale.data.{name}', raising=False)
-      monkeypatch.delattr(f'lmscale.data.{name}', raising=False)
+      monkeypatch.delitem(sys.modules, f'lmscale.data.sources.{name}', raising=False)
+      monkeypatch.delattr(f'lmscale.data.sources.{name}', raising=False)
     monkeypatch.setenv('LMSCALE_CACHE', str(folder.parent / 'no cache yet'))
     if (folder / 'tokenizer.json').exists():
       write_tokenizer(folder, 'xyz')  # one that no test has opened yet

@@ -23,8 +23,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lmscale import config as config_lib
-from lmscale.data import file_digest, megatron, tfds_source
+from lmscale.data import file_digest
 from lmscale.data.loader import KEYS, Loader
+from lmscale.data.sources import megatron, tfds_source
 
 BYTES_VOCABULARY = 257
 

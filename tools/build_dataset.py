@@ -31,11 +31,9 @@ import numpy as np
 import tqdm
 
 from lmscale import config as config_lib
-from lmscale.data import cache as cache_lib
-from lmscale.data import losses, megatron, storage
-from lmscale.data import source as source_lib
+from lmscale.data import atomic_folder, losses, token_cache
 from lmscale.data.reading_notes import Notes
-from lmscale.data.sources import encoding
+from lmscale.data.sources import encoding, megatron, opening
 from lmscale.data.sources.find_files import find_files
 from lmscale.data.tokenizer import get_tokenizer
 from lmscale.errors import ConfigError
@@ -64,7 +62,7 @@ def units(inputs: Sequence[config_lib.SourceConfig]) -> list[tuple[config_lib.So
 
 def shard_key(source: config_lib.SourceConfig, tokenizer_name: str, end: str = '') -> str:
   """Names a unit's content and the tokenizer. Runs in a worker process."""
-  opened, tokenizer = source_lib.open_source(source, storage.cache_root()), get_tokenizer(tokenizer_name, end)
+  opened, tokenizer = opening.open_source(source, atomic_folder.cache_root()), get_tokenizer(tokenizer_name, end)
   return hashlib.sha256(f'{type(opened).__name__} {opened.digest()} {tokenizer.identity} {FORMAT}'.encode()).hexdigest()[:32]
 
 
@@ -75,12 +73,12 @@ def build_shard(source: config_lib.SourceConfig, key: str, tokenizer_name: str, 
   Raises:
     ConfigError: the text cannot be used, or it is no longer what `key` names.
   """
-  opened, tokenizer = source_lib.open_source(source, storage.cache_root()), get_tokenizer(tokenizer_name, end)
+  opened, tokenizer = opening.open_source(source, atomic_folder.cache_root()), get_tokenizer(tokenizer_name, end)
 
   def build(folder: pathlib.Path) -> None:
     kept, notes, lost = [], Notes(), losses.Losses(tokenizer)
     with megatron.Writer(folder / 'shard', megatron.dtype_for(tokenizer.size)) as writer:
-      for ids, split_key, size in cache_lib.tokenised(opened.documents(notes), tokenizer, lost):
+      for ids, split_key, size in token_cache.tokenised(opened.documents(notes), tokenizer, lost):
         writer.add(ids)
         kept.append((split_key, size % 2**64))
     np.save(folder / 'documents.npy', np.array(kept, np.uint64).reshape(-1, 2).T, allow_pickle=False)
@@ -98,7 +96,7 @@ def build_shard(source: config_lib.SourceConfig, key: str, tokenizer_name: str, 
         raise ValueError(f'{name} changed')
     return meta
 
-  return storage.ensure(shards / key, build, read)
+  return atomic_folder.ensure(shards / key, build, read)
 
 
 def merge(out: pathlib.Path, shards: pathlib.Path, made: Sequence[dict[str, Any]], tokenizer_name: str,
@@ -255,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     if flags.workers < 1:
       raise ConfigError(f'--workers: {flags.workers} is less than 1')
-    inputs = [source_lib.parse(text, flags.field, flags.split) for text in flags.input]
+    inputs = [opening.parse(text, flags.field, flags.split) for text in flags.input]
     out = megatron.prefix_of(str(flags.out))
     build(inputs, flags.tokenizer, out, flags.workers, flags.end_token)
   except ConfigError as error:

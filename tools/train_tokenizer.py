@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 import tqdm
 
 from lmscale import config as config_lib
-from lmscale.data import source as source_lib
-from lmscale.data import storage
-from lmscale.data.extras import need
+from lmscale.data import atomic_folder
+from lmscale.data.optional_packages import need
 from lmscale.data.pretrained import open_tokenizer
 from lmscale.data.reading_notes import Notes
+from lmscale.data.sources import opening
 from lmscale.errors import ConfigError
 
 END = '<|endoftext|>'
@@ -34,7 +34,7 @@ def texts(sources: Sequence[config_lib.SourceConfig], cache: pathlib.Path, limit
   left = limit
   with tqdm.tqdm(unit='B', unit_scale=True, desc='reading', disable=None) as bar:
     for source in sources:
-      opened, notes = source_lib.open_source(source, cache), Notes()
+      opened, notes = opening.open_source(source, cache), Notes()
       for document in opened.documents(notes):
         if document.ids is not None:
           raise ConfigError(f'{source.name}: holds tokens, not text')
@@ -113,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise ConfigError(f'--out: {flags.out} exists; data made with it would no longer fit, give another name')
     if not flags.out.absolute().parent.is_dir():
       raise ConfigError(f'--out: the folder of {flags.out} does not exist')
-    sources = [source_lib.parse(text, flags.field, flags.split) for text in flags.input]
-    found = texts(sources, storage.cache_root(), flags.max_bytes)
+    sources = [opening.parse(text, flags.field, flags.split) for text in flags.input]
+    found = texts(sources, atomic_folder.cache_root(), flags.max_bytes)
     write_new(flags.out, trainers[flags.out.suffix](found, flags.vocab))
     made = open_tokenizer(str(flags.out))
   except ConfigError as error:

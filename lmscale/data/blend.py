@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmscale import config as config_lib
-from lmscale.data import order
+from lmscale.data import permutations
 
 BLOCK = 1024  # samples; more where a weight is below 1 / BLOCK
 MAX_BLOCK = 1 << 22
@@ -48,7 +48,7 @@ class Blend:
     before = self._shared(block * self.block)
     quotas = self._shared((block + 1) * self.block) - before
     dealt = np.repeat(np.arange(len(quotas)), quotas)
-    sources = dealt[order.permutation(self.block, 'blend', block, *self._key)]
+    sources = dealt[permutations.permutation(self.block, 'blend', block, *self._key)]
     earlier = np.empty(self.block, np.int64)
     rank = np.arange(self.block) - np.repeat(np.cumsum(quotas) - quotas, quotas)
     earlier[np.argsort(sources, kind='stable')] = rank + before[dealt]

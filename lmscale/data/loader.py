@@ -12,12 +12,11 @@ import numpy as np
 
 from lmscale import config as config_lib
 from lmscale.batch import ROWS
-from lmscale.data import cache as cache_lib
-from lmscale.data import entropy, same_content, storage
-from lmscale.data import source as source_lib
+from lmscale.data import atomic_folder, entropy, same_content, token_cache
 from lmscale.data import tokenizer as tokenizer_lib
 from lmscale.data.blend import Blend
 from lmscale.data.sampler import Sampler
+from lmscale.data.sources import opening
 
 VERSION = 1  # raise when the same data and seed would give other samples
 SPLITS = ('train', 'validation')
@@ -28,9 +27,9 @@ log = logging.getLogger(__name__)
 
 
 def _open(index: int, source: config_lib.SourceConfig, tokenizer: tokenizer_lib.Tokenizer,
-          root: pathlib.Path) -> cache_lib.TokenStore:
+          root: pathlib.Path) -> token_cache.TokenStore:
   try:
-    return source_lib.open_store(source, tokenizer, root)
+    return opening.open_store(source, tokenizer, root)
   except config_lib.ConfigError as error:
     where = '' if source.path in str(error) else f' ({source.path})'
     raise config_lib.ConfigError(f'data.sources.{index} {source.name!r}{where}: {error}') from error
@@ -59,7 +58,7 @@ class Loader:
     self.sources = [source for source in data.sources if source.weight]
     seed = config.seed if split == 'train' else 0
     self.blend = Blend([source.weight for source in self.sources], seed, split)
-    root = storage.cache_root(data.cache)
+    root = atomic_folder.cache_root(data.cache)
     self.stores = [_open(data.sources.index(source), source, self.tokenizer, root) for source in self.sources]
     identities = [store.identity for store in self.stores]
     self.copies = [identities[:i].count(identity) for i, identity in enumerate(identities)]
@@ -78,7 +77,7 @@ class Loader:
     sources = [{'name': source.name, 'weight': weight, 'content': store.content, **({'copy': copy} if copy else {}),
                 **({} if sampler.whole else {'held_out': ENDS})} for source, weight, store, copy, sampler in parts]
     return {'tokenizer': self.tokenizer.identity, 'sources': sources, 'seq_len': self.seq_len, 'seed': seed,
-            'split': self.split, 'validation': fraction, 'version': [VERSION, cache_lib.FORMAT]}
+            'split': self.split, 'validation': fraction, 'version': [VERSION, token_cache.FORMAT]}
 
   def _tell(self) -> None:
     for source, store in zip(self.sources, self.stores, strict=True):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lmscale.data import document, special
-from lmscale.data.extras import need
+from lmscale.data.optional_packages import need
 from lmscale.errors import ConfigError
 
 PIECE = 1 << 20  # characters tokenised at a time

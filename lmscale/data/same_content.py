@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lmscale.data.cache import TokenStore
+from lmscale.data.token_cache import TokenStore
 
 COMPARED = 1 << 24  # tokens at a time
 

@@ -13,9 +13,9 @@ import math
 import numpy as np
 
 from lmscale import config as config_lib
-from lmscale.data import order
+from lmscale.data import permutations
 from lmscale.data import split as split_lib
-from lmscale.data.cache import TokenStore
+from lmscale.data.token_cache import TokenStore
 
 EPOCHS_KEPT = 2  # a batch may lie across the end of an epoch
 
@@ -64,9 +64,9 @@ class Sampler:
             f'train.seq_len or {share}')
 
   def _make_epoch(self, epoch: int) -> Epoch:
-    shuffled = order.permutation(len(self.documents), 'documents', epoch, *self._key)
+    shuffled = permutations.permutation(len(self.documents), 'documents', epoch, *self._key)
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths[shuffled])])
-    windows = order.permutation(self.windows_per_epoch, 'windows', epoch, *self._key)
+    windows = permutations.permutation(self.windows_per_epoch, 'windows', epoch, *self._key)
     return Epoch(shuffled, starts, windows)
 
   def _window(self, index: int) -> tuple[np.ndarray, list[int], int]:

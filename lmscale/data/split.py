@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmscale.data.cache import TokenStore
+from lmscale.data.token_cache import TokenStore
 
 STRETCH = 1024  # tokens that a stretch has where its document and the share to hold out allow it
 MANY = 8  # documents on each side that make a split by documents good, however long they are

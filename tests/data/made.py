@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lmscale.data import tfds_source
+from lmscale.data.sources import tfds_source
 
 CORPUS = ['def encode(self, text):\n  return self.encode_batch([text])[0]\n', 'the quick brown fox jumps\tover  the dog\n'] * 20
 

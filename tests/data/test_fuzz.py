@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from lmscale.data import cache, document, files, megatron, megatron_store, text
+from lmscale.data import document, token_cache
 from lmscale.data.reading_notes import Notes
-from lmscale.data.sources import encoding
-from lmscale.data.tfds_source import TfdsSource
+from lmscale.data.sources import encoding, file_streams, megatron, megatron_source, text_files
+from lmscale.data.sources.tfds_source import TfdsSource
 from lmscale.data.tokenizer import ByteTokenizer, get_tokenizer
 from lmscale.errors import ConfigError
 
@@ -92,7 +92,7 @@ def test_megatron_pair(tmp_path, data):
   broken = data.draw(damage(raw[which]))
   (folder / ('a.idx', 'a.bin')[which]).write_bytes(broken)
   try:
-    store = megatron_store.open_store(str(folder / 'a'), ByteTokenizer(), tmp_path / 'cache')
+    store = megatron_source.open_store(str(folder / 'a'), ByteTokenizer(), tmp_path / 'cache')
   except ConfigError as error:
     assert '\n' not in str(error)
     return
@@ -140,11 +140,11 @@ def reference(line):
 @hypothesis.given(data=st.data())
 def test_jsonl(tmp_path, data):
   raw = data.draw(damage(b'\n'.join(RECORDS)))
-  hypothesis.assume(not raw.startswith((files.GZIP, files.ZSTD, *encoding.MARKS, *(magic for magic, _, _ in encoding.MAGICS))))
+  hypothesis.assume(not raw.startswith((file_streams.GZIP, file_streams.ZSTD, *encoding.MARKS, *(magic for magic, _, _ in encoding.MAGICS))))
   path = tmp_path / 'a.jsonl'
   path.write_bytes(raw)
   notes = Notes()
-  found = [d.text for d in text.JsonlSource(str(path)).documents(notes)]
+  found = [d.text for d in text_files.JsonlSource(str(path)).documents(notes)]
   lines = [line for line in raw.removeprefix(encoding.BOM).split(b'\n') if line.strip()]
   expected = [reference(line) for line in lines]
   assert found == [value for value in expected if value]
@@ -160,7 +160,7 @@ def test_archives(tmp_path, ending, data):
   path.write_bytes(data.draw(damage(raw)))
   found, notes = [], Notes()
   try:
-    for entry in text.JsonlSource(str(path)).documents(notes):
+    for entry in text_files.JsonlSource(str(path)).documents(notes):
       found.append(entry.text)
   except ConfigError as error:
     assert str(path) in str(error) and '\n' not in str(error)
@@ -230,14 +230,14 @@ def test_tfds_folder(tmp_path, prepared, data):
 @hypothesis.given(data=st.data())
 def test_token_cache(tmp_path, data):
   (tmp_path / 'a.txt').write_text('some text')
-  source = text.TextSource(str(tmp_path / 'a.txt'))
+  source = text_files.TextSource(str(tmp_path / 'a.txt'))
   shutil.rmtree(tmp_path / 'tokens', ignore_errors=True)
-  tokens = cache.tokenise(source, ByteTokenizer(), tmp_path).tokens.tolist()
+  tokens = token_cache.tokenise(source, ByteTokenizer(), tmp_path).tokens.tolist()
   folder, = (tmp_path / 'tokens').iterdir()
   path = data.draw(st.sampled_from(sorted(folder.iterdir())))
   path.write_bytes(data.draw(damage(path.read_bytes())))
-  first = cache.tokenise(source, ByteTokenizer(), tmp_path / 'other')
-  again = cache.tokenise(source, ByteTokenizer(), tmp_path)
+  first = token_cache.tokenise(source, ByteTokenizer(), tmp_path / 'other')
+  again = token_cache.tokenise(source, ByteTokenizer(), tmp_path)
   assert again.identity == first.identity
   assert again.tokens.tolist() == tokens
   assert again.split_keys.tolist() == [document.split_key(b'some text')]

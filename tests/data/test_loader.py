@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data import document, entropy, file_digest, megatron, stdlib
+from lmscale.data import document, entropy, file_digest
 from lmscale.data import loader as loader_lib
 from lmscale.data.loader import Loader
+from lmscale.data.sources import megatron, stdlib
 from lmscale.data.tokenizer import get_tokenizer
 from lmscale.train.resume import check_identity
 

@@ -12,9 +12,9 @@ from made import CORPUS, make_bpe, make_sentencepiece
 from tokenizers import models, normalizers, pre_tokenizers
 
 from lmscale import config as config_lib
-from lmscale.data import cache, losses
+from lmscale.data import losses, token_cache
 from lmscale.data.loader import Loader
-from lmscale.data.text import JsonlSource
+from lmscale.data.sources.text_files import JsonlSource
 from lmscale.data.tokenizer import get_tokenizer
 from lmscale.errors import ConfigError
 
@@ -68,7 +68,7 @@ def test_a_small_loss_is_counted_and_known_at_every_start(tmp_path, kind):
   path = write(tmp_path / 'a.jsonl', *[LATIN] * 1500, f'x{CHINESE}o')
   tokenizer = get_tokenizer(TOKENIZERS[kind](tmp_path / 'a.json'))
   for _ in range(2):
-    notice, = cache.tokenise(JsonlSource(str(path)), tokenizer, tmp_path / 'c').notices
+    notice, = token_cache.tokenise(JsonlSource(str(path)), tokenizer, tmp_path / 'c').notices
     assert f'{len(CHINESE)} of {1500 * len(LATIN) + len(CHINESE) + 2:,} characters' in notice
 
 
@@ -80,7 +80,7 @@ def test_tokenizers_that_keep_text_lose_none_and_are_not_decoded(tmp_path, monke
     tokenizer = get_tokenizer(name)
     decoded, real = [], tokenizer.decode_batch
     monkeypatch.setattr(tokenizer, 'decode_batch', lambda batch, decoded=decoded, real=real: decoded.append(len(batch)) or real(batch))
-    assert not cache.tokenise(JsonlSource(str(path)), tokenizer, tmp_path / 'c').notices
+    assert not token_cache.tokenise(JsonlSource(str(path)), tokenizer, tmp_path / 'c').notices
     assert decoded == [6]  # the probe
 
 
@@ -90,7 +90,7 @@ def test_tokenizers_that_keep_text_lose_none_and_are_not_decoded(tmp_path, monke
 def test_a_changed_form_is_no_loss(tmp_path, normalizer):
   name = make_bpe(tmp_path / 'a.json', lambda tokenizer: setattr(tokenizer, 'normalizer', normalizer))
   path = write(tmp_path / 'a.jsonl', 'A line\nof Text, é， ﬁne １２３')
-  notice, = cache.tokenise(JsonlSource(str(path)), get_tokenizer(name), tmp_path / 'c').notices
+  notice, = token_cache.tokenise(JsonlSource(str(path)), get_tokenizer(name), tmp_path / 'c').notices
   assert notice.startswith('the tokenizer does not keep every text: ')
 
 
@@ -98,7 +98,7 @@ def test_spaces_that_vanish_are_lost(tmp_path):
   name = make_sentencepiece(tmp_path / 'a.model', remove_extra_whitespaces=True, normalization_rule_name='nmt_nfkc')
   path = write(tmp_path / 'a.jsonl', 'if a:\n' + ' ' * 20 + 'b')
   with pytest.raises(ConfigError, match=r'loses 71.43% of the text, 20 of 28|loses 7\d.\d\d% of the text, 20 of 27'):
-    cache.tokenise(JsonlSource(str(path)), get_tokenizer(name), tmp_path / 'c')
+    token_cache.tokenise(JsonlSource(str(path)), get_tokenizer(name), tmp_path / 'c')
 
 
 def count(before, after):
@@ -127,7 +127,7 @@ def test_words_the_decoder_joins_hide_no_loss(tmp_path):
   made.save(str(tmp_path / 'a.json'))
   path = write(tmp_path / 'a.jsonl', 'abcdefuvwxyz' * 50)
   with pytest.raises(ConfigError, match='loses 50.00% of the text, 300 of 600'):
-    cache.tokenise(JsonlSource(str(path)), get_tokenizer(str(tmp_path / 'a.json')), tmp_path / 'c')
+    token_cache.tokenise(JsonlSource(str(path)), get_tokenizer(str(tmp_path / 'a.json')), tmp_path / 'c')
 
 
 def test_hopeless_text_is_given_up_early(tmp_path, monkeypatch):
@@ -140,10 +140,10 @@ def test_hopeless_text_is_given_up_early(tmp_path, monkeypatch):
 def test_a_cache_in_which_losses_were_not_counted_is_made_again(tmp_path):
   path = write(tmp_path / 'a.jsonl', LATIN)
   tokenizer = get_tokenizer(make_bpe(tmp_path / 'a.json'))
-  store = cache.tokenise(JsonlSource(str(path)), tokenizer, tmp_path / 'c')
+  store = token_cache.tokenise(JsonlSource(str(path)), tokenizer, tmp_path / 'c')
   file, = (tmp_path / 'c' / 'tokens').glob('*/meta.json')
   whole = json.loads(file.read_text())
   meta = {name: value for name, value in whole.items() if name not in ('losses', 'self')}
-  file.write_text(json.dumps({**meta, 'self': cache._hash(meta)}))
-  assert cache.tokenise(JsonlSource(str(path)), tokenizer, tmp_path / 'c').identity == store.identity
+  file.write_text(json.dumps({**meta, 'self': token_cache._hash(meta)}))
+  assert token_cache.tokenise(JsonlSource(str(path)), tokenizer, tmp_path / 'c').identity == store.identity
   assert json.loads(file.read_text()) == whole

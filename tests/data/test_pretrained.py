@@ -154,10 +154,10 @@ def test_a_missing_package_names_the_extra(monkeypatch, names, tmp_path):
 
 
 def test_a_tokenizer_that_changes_text_is_noted_once(tmp_path):
-  from lmscale.data import cache
-  from lmscale.data.text import TextSource
+  from lmscale.data import token_cache
+  from lmscale.data.sources.text_files import TextSource
   name = make_bpe(tmp_path / 'lower.json', lambda tokenizer: setattr(tokenizer, 'normalizer', normalizers.Lowercase()))
   for i in range(3):
     (tmp_path / f'{i}.txt').write_text(f'Text {i}')
-  notice, = cache.tokenise(TextSource(str(tmp_path)), get_tokenizer(name), tmp_path / 'cache').notices
+  notice, = token_cache.tokenise(TextSource(str(tmp_path)), get_tokenizer(name), tmp_path / 'cache').notices
   assert "'Text 0' came back as 'text 0'" in notice

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data.cache import TokenStore
 from lmscale.data.sampler import Sampler
+from lmscale.data.token_cache import TokenStore
 
 END = 9999
 

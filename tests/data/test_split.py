@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data import document, megatron, split
-from lmscale.data.cache import TokenStore
+from lmscale.data import document, split
 from lmscale.data.loader import Loader
+from lmscale.data.sources import megatron
+from lmscale.data.token_cache import TokenStore
 from lmscale.jobs import train
 
 SEQ_LEN = 32

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data import megatron
 from lmscale.data.loader import Loader
+from lmscale.data.sources import megatron
 from lmscale.errors import ConfigError
 from tools import build_dataset
 

@@ -15,7 +15,8 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from lmscale.data import file_digest, files
+from lmscale.data import file_digest
+from lmscale.data.sources import file_streams
 from lmscale.errors import ConfigError
 
 READ = ('', '.gz', '.zst')  # what may stand behind a suffix
@@ -228,6 +229,6 @@ def _equal(a: tuple, b: tuple) -> bool:
 
 def _bytes(path: pathlib.Path) -> Iterator[bytes]:
   try:
-    yield from (block for block in files.blocks(path) if block)
-  except files.Damaged as error:
+    yield from (block for block in file_streams.blocks(path) if block)
+  except file_streams.Damaged as error:
     raise ConfigError(f'data file {path}: {error}') from error

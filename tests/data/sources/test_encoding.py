@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lmscale.data import text
 from lmscale.data.reading_notes import Notes
+from lmscale.data.sources import text_files
 from lmscale.errors import ConfigError
 
 WORDS = b'some words of text\n' * 40
@@ -52,10 +52,10 @@ BINARY = {
 }
 EMPTY = {'a bzip2 archive': bz2.compress(b''), 'an empty zip archive': made(lambda out: zipped(out, ())),
          'an xz archive': lzma.compress(b''), 'a parquet file': b'PAR1 all letters PAR1'}
-KINDS = pytest.mark.parametrize('kind', [text.TextSource, text.JsonlSource])
+KINDS = pytest.mark.parametrize('kind', [text_files.TextSource, text_files.JsonlSource])
 
 
-def read(path, kind=text.TextSource):
+def read(path, kind=text_files.TextSource):
   notes = Notes()
   return [document.text for document in kind(str(path)).documents(notes)], notes
 

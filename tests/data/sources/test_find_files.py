@@ -174,7 +174,7 @@ def test_a_text_beside_its_archive_is_read_once_and_told(root, path, monkeypatch
   paths, notices = find_files(path, '.jsonl')
   assert [str(p) for p in paths] == ['sub/x.jsonl.gz', 'x.jsonl', 'y.jsonl']
   assert notices == ['2 files with the text of another beside it, read once: the first is x.jsonl.gz, beside x.jsonl']
-  monkeypatch.setattr(module.files, 'blocks', None)
+  monkeypatch.setattr(module.file_streams, 'blocks', None)
   assert find_files(path, '.jsonl').notices == notices  # compared once
 
 

@@ -4,22 +4,22 @@ import pathlib
 
 from lmscale import config as config_lib
 from lmscale.config import FIELD_KINDS, SOURCE_KINDS
-from lmscale.data import cache as cache_lib
-from lmscale.data.stdlib_source import StdlibSource
-from lmscale.data.text import JsonlSource, TextSource
+from lmscale.data import token_cache
+from lmscale.data.sources.stdlib_source import StdlibSource
+from lmscale.data.sources.text_files import JsonlSource, TextSource
 from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
 
 
-def open_store(source: config_lib.SourceConfig, tokenizer: Tokenizer, cache: pathlib.Path) -> cache_lib.TokenStore:
+def open_store(source: config_lib.SourceConfig, tokenizer: Tokenizer, cache: pathlib.Path) -> token_cache.TokenStore:
   """The tokens of a source; text is tokenised below `cache` first. Raises ConfigError for what cannot be used."""
   if source.kind == 'megatron':
-    from lmscale.data import megatron_store
-    return megatron_store.open_store(source.path, tokenizer, cache)
-  return cache_lib.tokenise(open_source(source, cache), tokenizer, cache)
+    from lmscale.data.sources import megatron_source
+    return megatron_source.open_store(source.path, tokenizer, cache)
+  return token_cache.tokenise(open_source(source, cache), tokenizer, cache)
 
 
-def open_source(source: config_lib.SourceConfig, cache: pathlib.Path) -> cache_lib.Source:
+def open_source(source: config_lib.SourceConfig, cache: pathlib.Path) -> token_cache.Source:
   """The documents of a source that is not in Megatron's format. Raises ConfigError: unknown kind, or a bad path."""
   if source.kind == 'stdlib':
     return StdlibSource(source.path, cache)
@@ -28,7 +28,7 @@ def open_source(source: config_lib.SourceConfig, cache: pathlib.Path) -> cache_l
   if source.kind == 'jsonl':
     return JsonlSource(source.path, cache, source.field)
   if source.kind == 'tfds':
-    from lmscale.data.tfds_source import TfdsSource  # imported where used: TFDS takes a second
+    from lmscale.data.sources.tfds_source import TfdsSource  # imported where used: TFDS takes a second
     return TfdsSource(source.path, source.split, source.field, cache)
   raise ConfigError(f'data source kind {source.kind!r}: unknown; known: {", ".join(SOURCE_KINDS)}')
 

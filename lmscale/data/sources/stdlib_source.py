@@ -4,8 +4,9 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 
-from lmscale.data import document, stdlib
+from lmscale.data import document
 from lmscale.data.reading_notes import Notes
+from lmscale.data.sources import stdlib
 from lmscale.errors import ConfigError
 
 
@@ -25,7 +26,10 @@ class StdlibSource:
 
   def documents(self, notes: Notes) -> Iterator[document.Document]:
     """The stream's documents in order of path, read from the prepared data set. ConfigError if that is damaged."""
-    from lmscale.data import stdlib_dataset, tfds_source  # imported where used: not needed once the tokens are cached
+    from lmscale.data.sources import (  # imported where used: not needed once the tokens are cached
+      stdlib_dataset,
+      tfds_source,
+    )
     examples = stdlib_dataset.prepare(self.cache, self.root, self.files)[self.stream]
     for number in range(len(examples)):
       try:

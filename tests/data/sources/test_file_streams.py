@@ -9,9 +9,9 @@ import hypothesis.strategies as st
 import pytest
 import zstandard
 
-from lmscale.data import file_digest, files
+from lmscale.data import file_digest
 from lmscale.data.reading_notes import Notes
-from lmscale.data.sources import encoding
+from lmscale.data.sources import encoding, file_streams
 from lmscale.errors import ConfigError
 
 PACK = {'gz': gzip.compress, 'zst': zstandard.ZstdCompressor().compress}
@@ -19,7 +19,7 @@ KINDS = pytest.mark.parametrize('kind', list(PACK))
 
 
 def content(path):
-  return b''.join(files.blocks(path))
+  return b''.join(file_streams.blocks(path))
 
 
 def write(tmp_path, name, raw):
@@ -58,11 +58,11 @@ def test_zstd_frames_of_other_data_are_passed_over(tmp_path):
     assert content(write(tmp_path, 'b.zst', other)) == b''
     assert content(write(tmp_path, 'b.zst', skippable(b'', kind) + pack(b'') + pack(b'x'))) == b'x'
     for size in range(4, len(other)):
-      with pytest.raises(files.Damaged, match='truncated'):
+      with pytest.raises(file_streams.Damaged, match='truncated'):
         content(write(tmp_path, 'c.zst', other[:size]))
-      with pytest.raises(files.Damaged, match='truncated'):
+      with pytest.raises(file_streams.Damaged, match='truncated'):
         content(write(tmp_path, 'c.zst', pack(b'one') + other[:size]))
-  with pytest.raises(files.Damaged, match='damaged'):
+  with pytest.raises(file_streams.Damaged, match='damaged'):
     content(write(tmp_path, 'd.zst', skippable(b'abcd') + b'text behind it'))
 
 
@@ -70,7 +70,7 @@ def test_zstd_frames_of_other_data_are_passed_over(tmp_path):
 def test_every_truncation_is_noticed(tmp_path, kind):
   packed = PACK[kind](b'one\ntwo\nthree\n' + os.urandom(50))
   for size in range(4, len(packed)):
-    with pytest.raises(files.Damaged, match='truncated'):
+    with pytest.raises(file_streams.Damaged, match='truncated'):
       content(write(tmp_path, f'a.{kind}', packed[:size]))
 
 
@@ -82,7 +82,7 @@ def test_what_was_whole_is_given_before_the_error(tmp_path, kind, kept):
   path = write(tmp_path, f'a.{kind}', packed[:int(kept * len(packed))])
   found = []
   with pytest.raises(ConfigError) as caught:
-    for number, line in files.lines(path, Notes()):
+    for number, line in file_streams.lines(path, Notes()):
       found.append(line)
       assert number == len(found)
   assert found == lines[:len(found)]
@@ -95,30 +95,30 @@ def test_damage_is_noticed(tmp_path, kind):
   packed = bytearray(PACK[kind](b'some text ' * 100) if kind == 'gz' else
                      zstandard.ZstdCompressor(write_checksum=True).compress(b'some text ' * 100))
   packed[-6 if kind == 'gz' else -2] ^= 1  # the checksum
-  with pytest.raises(files.Damaged, match='damaged'):
+  with pytest.raises(file_streams.Damaged, match='damaged'):
     content(write(tmp_path, f'a.{kind}', packed))
-  with pytest.raises(files.Damaged, match='damaged'):
+  with pytest.raises(file_streams.Damaged, match='damaged'):
     content(write(tmp_path, f'b.{kind}', PACK[kind](b'x') + b'junk behind it'))
-  with pytest.raises(files.Damaged, match=rf'no .{kind} archive: its first bytes are 70 6c 61 69'):
+  with pytest.raises(file_streams.Damaged, match=rf'no .{kind} archive: its first bytes are 70 6c 61 69'):
     content(write(tmp_path, f'c.{kind}', b'plain text'))
-  with pytest.raises(files.Damaged, match='missing'):
+  with pytest.raises(file_streams.Damaged, match='missing'):
     content(write(tmp_path, f'd.{kind}', b''))
 
 
 @KINDS
 def test_a_bomb_goes_off_in_bounded_memory(tmp_path, kind, monkeypatch):
-  monkeypatch.setattr(files, 'BOMB_BYTES', 1 << 20)
+  monkeypatch.setattr(file_streams, 'BOMB_BYTES', 1 << 20)
   path = write(tmp_path, f'a.{kind}', PACK[kind](b'\0' * (1 << 25)))
   tracemalloc.start()
   seen = 0
-  with pytest.raises(files.Damaged, match='unpacks to more than'):
-    for block in files.blocks(path):
+  with pytest.raises(file_streams.Damaged, match='unpacks to more than'):
+    for block in file_streams.blocks(path):
       seen += len(block)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  assert seen <= max(1 << 20, files.BOMB_RATIO * path.stat().st_size) and peak < 100 << 20
-  monkeypatch.setattr(files, 'BOMB_BYTES', 1 << 26)
-  assert sum(map(len, files.blocks(path))) == 1 << 25
+  assert seen <= max(1 << 20, file_streams.BOMB_RATIO * path.stat().st_size) and peak < 100 << 20
+  monkeypatch.setattr(file_streams, 'BOMB_BYTES', 1 << 26)
+  assert sum(map(len, file_streams.blocks(path))) == 1 << 25
 
 
 def is_plain(raw):
@@ -131,9 +131,9 @@ def test_lines_are_those_of_split(tmp_path_factory, raw, block, longest):
   path = tmp_path_factory.mktemp('lines') / 'a'
   path.write_bytes(raw)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(files, 'BLOCK', block)
-    patch.setattr(files, 'MAX_LINE', longest)
-    found = list(files.lines(path, Notes()))
+    patch.setattr(file_streams, 'BLOCK', block)
+    patch.setattr(file_streams, 'MAX_LINE', longest)
+    found = list(file_streams.lines(path, Notes()))
   expected = []
   for number, line in enumerate(raw.removeprefix(encoding.BOM).split(b'\n'), 1):
     if len(line) > longest:
@@ -144,11 +144,11 @@ def test_lines_are_those_of_split(tmp_path_factory, raw, block, longest):
 
 
 def test_unreadable_files_are_a_config_error(tmp_path):
-  for read in (lambda path: list(files.blocks(path)), lambda path: list(files.lines(path, Notes())), file_digest.digest):
+  for read in (lambda path: list(file_streams.blocks(path)), lambda path: list(file_streams.lines(path, Notes())), file_digest.digest):
     with pytest.raises(ConfigError, match='cannot be read'):
       read(tmp_path)
 
 
 def test_zlib_alone_is_no_archive(tmp_path):
-  with pytest.raises(files.Damaged):
+  with pytest.raises(file_streams.Damaged):
     content(write(tmp_path, 'a.gz', zlib.compress(b'x')))

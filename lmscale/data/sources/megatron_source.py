@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from lmscale.data import document, file_digest, megatron, storage
-from lmscale.data.cache import TokenStore
+from lmscale.data import atomic_folder, document, file_digest
+from lmscale.data.sources import megatron
+from lmscale.data.token_cache import TokenStore
 from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
 
@@ -94,7 +95,7 @@ def _scan(tokens: np.ndarray, offsets: np.ndarray, unchanged: Callable[[], bool]
       raise ValueError(f'{folder}: split keys {keys.shape} {keys.dtype}')
     return int(found['low']), int(found['high']), keys
 
-  return storage.ensure(folder, build, read)
+  return atomic_folder.ensure(folder, build, read)
 
 
 def read_sidecar(prefix: pathlib.Path, hashes: dict[str, str], documents: int) -> dict[str, Any] | None:

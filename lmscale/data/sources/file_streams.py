@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from lmscale.data.extras import need
 from lmscale.data.file_digest import unreadable
+from lmscale.data.optional_packages import need
 from lmscale.data.reading_notes import Notes
 from lmscale.data.sources import encoding
 from lmscale.errors import ConfigError

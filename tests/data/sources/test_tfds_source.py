@@ -8,9 +8,9 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import file_utils
 
-from lmscale.data import cache, document
+from lmscale.data import document, token_cache
 from lmscale.data.reading_notes import Notes
-from lmscale.data.tfds_source import TfdsSource, quiet
+from lmscale.data.sources.tfds_source import TfdsSource, quiet
 from lmscale.data.tokenizer import ByteTokenizer
 from lmscale.errors import ConfigError
 
@@ -85,7 +85,7 @@ def test_text_follows_the_rules_of_files(tmp_path):
                  b'\xff\xfe', 'kept \ufffd'.encode())
   place = f'{source.folder}:train'
   for _ in range(2):
-    store = cache.tokenise(source, ByteTokenizer(), tmp_path)
+    store = token_cache.tokenise(source, ByteTokenizer(), tmp_path)
     assert store.notices == (
       f'3 texts were decoded by their byte order mark, the first in {place}:1',
       f'1 pieces of invalid UTF-8 became U+FFFD, the first in {place}:3', f'1 lines give no text and are skipped: {place}:4: empty text')
@@ -93,21 +93,21 @@ def test_text_follows_the_rules_of_files(tmp_path):
   assert found == [words] * 3 + ['one \ufffd', 'kept \ufffd'] and store.content.endswith(' decoded')
   source = given(tmp_path / 'b', words.encode('latin-1'))
   with pytest.raises(ConfigError, match=rf'{source.folder}:train: 198 of 792 bytes are NUL or no UTF-8'):
-    cache.tokenise(source, ByteTokenizer(), tmp_path)
+    token_cache.tokenise(source, ByteTokenizer(), tmp_path)
 
 
 def test_tokens_become_a_store(prepared, tmp_path):
-  store = cache.tokenise(TfdsSource(str(prepared), 'train', 'tokens'), ByteTokenizer(), tmp_path)
+  store = token_cache.tokenise(TfdsSource(str(prepared), 'train', 'tokens'), ByteTokenizer(), tmp_path)
   whole = b''.join(text.encode() for text in made.TEXTS)
   assert store.tokens[store.tokens != 256].tolist() == list(whole) and (store.tokens[store.offsets[1:] - 1] == 256).all()
   assert store.text_bytes is None and len(store.split_keys) == 30
-  text = cache.tokenise(TfdsSource(str(prepared), 'train', 'text'), ByteTokenizer(), tmp_path)
+  text = token_cache.tokenise(TfdsSource(str(prepared), 'train', 'text'), ByteTokenizer(), tmp_path)
   assert np.array_equal(text.tokens, store.tokens) and text.text_bytes.sum() == len(whole)
 
   class Few(ByteTokenizer):
     identity, size, end = 'few', 100, 99
   with pytest.raises(ConfigError, match='ids from 32 to 195, but data.tokenizer has the ids 0 to 99'):
-    cache.tokenise(TfdsSource(str(prepared), 'train', 'tokens'), Few(), tmp_path)
+    token_cache.tokenise(TfdsSource(str(prepared), 'train', 'tokens'), Few(), tmp_path)
 
 
 def test_digest_names_content_split_and_field(prepared, copy):

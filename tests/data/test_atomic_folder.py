@@ -8,7 +8,7 @@ import time
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data import storage
+from lmscale.data import atomic_folder
 
 
 def write(folder, content='whole'):
@@ -23,7 +23,7 @@ def read(folder):
 
 
 def start(program):
-  program = 'import os, pathlib, sys, time\nfrom lmscale.data import storage\n' + program
+  program = 'import os, pathlib, sys, time\nfrom lmscale.data import atomic_folder\n' + program
   return subprocess.Popen([sys.executable, '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -32,8 +32,8 @@ def no_build(folder):
 
 
 def test_built_once(tmp_path):
-  assert storage.ensure(tmp_path / 'x' / 'y', write, read) == 'whole'
-  assert storage.ensure(tmp_path / 'x' / 'y', no_build, read) == 'whole'
+  assert atomic_folder.ensure(tmp_path / 'x' / 'y', write, read) == 'whole'
+  assert atomic_folder.ensure(tmp_path / 'x' / 'y', no_build, read) == 'whole'
   assert os.listdir(tmp_path / 'x') == ['y']
 
 
@@ -42,7 +42,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     write(folder, 'half')
     raise KeyboardInterrupt
   with pytest.raises(KeyboardInterrupt):
-    storage.ensure(tmp_path / 'x', fail, read)
+    atomic_folder.ensure(tmp_path / 'x', fail, read)
   assert os.listdir(tmp_path) == []
 
 
@@ -51,24 +51,24 @@ def test_a_killed_build_is_ignored_and_swept_up_later(tmp_path):
 def build(folder):
   (folder / 'a').write_text('half')
   os._exit(9)
-storage.ensure(pathlib.Path({str(tmp_path)!r}) / 'x', build, None)
+atomic_folder.ensure(pathlib.Path({str(tmp_path)!r}) / 'x', build, None)
 """)
   assert process.wait() == 9
   left, = tmp_path.iterdir()
-  assert left.name.startswith(storage.PREFIX)
-  assert storage.ensure(tmp_path / 'x', write, read) == 'whole'
+  assert left.name.startswith(atomic_folder.PREFIX)
+  assert atomic_folder.ensure(tmp_path / 'x', write, read) == 'whole'
   assert left.is_dir()  # it could be another process at work
-  old = time.time() - storage.STALE - 60
+  old = time.time() - atomic_folder.STALE - 60
   for path in (left / 'a', left):
     os.utime(path, (old, old))
-  storage.ensure(tmp_path / 'y', write, read)
+  atomic_folder.ensure(tmp_path / 'y', write, read)
   assert sorted(os.listdir(tmp_path)) == ['x', 'y']
 
 
 def test_a_damaged_folder_is_built_again(tmp_path):
   (tmp_path / 'x').mkdir()
   write(tmp_path / 'x', 'damaged')
-  assert storage.ensure(tmp_path / 'x', write, read) == 'whole'
+  assert atomic_folder.ensure(tmp_path / 'x', write, read) == 'whole'
   assert os.listdir(tmp_path) == ['x']
 
 
@@ -84,12 +84,12 @@ def test_a_folder_replaced_by_another_process_meanwhile_is_kept(tmp_path):
       write(tmp_path / 'x')
     return read(folder) if content == 'whole' else 1 / 0
 
-  assert storage.ensure(tmp_path / 'x', no_build, open_late) == 'whole'
+  assert atomic_folder.ensure(tmp_path / 'x', no_build, open_late) == 'whole'
 
 
 def test_a_build_that_is_never_whole_stops(tmp_path):
   with pytest.raises(RuntimeError, match='damaged again.*half'):
-    storage.ensure(tmp_path / 'x', lambda folder: write(folder, 'half'), read)
+    atomic_folder.ensure(tmp_path / 'x', lambda folder: write(folder, 'half'), read)
 
 
 def test_processes_at_once_all_get_a_whole_folder(tmp_path):
@@ -101,7 +101,7 @@ def build(folder):
 print('ready', flush=True)
 sys.stdin.readline()
 for name in ('missing', 'damaged'):
-  print(storage.ensure(pathlib.Path({str(tmp_path)!r}) / name, build, lambda folder: (folder / 'a').read_text()))
+  print(atomic_folder.ensure(pathlib.Path({str(tmp_path)!r}) / name, build, lambda folder: (folder / 'a').read_text()))
 """) for _ in range(3)]
   for process in processes:
     assert process.stdout.readline() == 'ready\n'
@@ -115,7 +115,7 @@ for name in ('missing', 'damaged'):
 def test_a_cache_that_cannot_be_written_is_a_config_error(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(config_lib.ConfigError, match='data.cache: cannot write .*file/x'):
-    storage.ensure(tmp_path / 'file' / 'x', write, read)
+    atomic_folder.ensure(tmp_path / 'file' / 'x', write, read)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     raise OSError(errno.ENOSPC, 'No space left on device')
   monkeypatch.setattr(os, 'fsync', full)
   with pytest.raises(config_lib.ConfigError, match=r'data.cache: cannot write .*/x: No space left on device'):
-    storage.ensure(tmp_path / 'x', write, read)
+    atomic_folder.ensure(tmp_path / 'x', write, read)
   assert os.listdir(tmp_path) == []
 
 
@@ -141,7 +141,7 @@ def test_all_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch
     write(folder)
     (folder / 'sub').mkdir()
     (folder / 'sub' / 'b').write_text('')
-  storage.ensure(tmp_path / 'x', build, read)
+  atomic_folder.ensure(tmp_path / 'x', build, read)
   assert {name for name, named in synced if not named} > {'a', 'sub', 'b'}
   assert [name for name, named in synced if named] == [tmp_path.name]
 
@@ -149,13 +149,13 @@ def test_all_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch
 def test_a_damaged_folder_is_told(tmp_path, caplog):
   (tmp_path / 'x').mkdir()
   write(tmp_path / 'x', 'wrong\nlines')
-  storage.ensure(tmp_path / 'x', write, read)
+  atomic_folder.ensure(tmp_path / 'x', write, read)
   assert caplog.messages == [f'{tmp_path / "x"} is damaged and built again: wrong lines']
 
 
 def test_cache_root_order(monkeypatch):
   monkeypatch.delenv('LMSCALE_CACHE', raising=False)
-  assert storage.cache_root() == pathlib.Path.home() / '.cache' / 'lmscale'
+  assert atomic_folder.cache_root() == pathlib.Path.home() / '.cache' / 'lmscale'
   monkeypatch.setenv('LMSCALE_CACHE', '/elsewhere')
-  assert storage.cache_root() == pathlib.Path('/elsewhere')
-  assert storage.cache_root('~/mine') == pathlib.Path.home() / 'mine'
+  assert atomic_folder.cache_root() == pathlib.Path('/elsewhere')
+  assert atomic_folder.cache_root('~/mine') == pathlib.Path.home() / 'mine'

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data import cache, document, file_digest, source
-from lmscale.data.text import JsonlSource, TextSource
+from lmscale.data import document, file_digest, token_cache
+from lmscale.data.sources import opening
+from lmscale.data.sources.text_files import JsonlSource, TextSource
 from lmscale.data.tokenizer import ByteTokenizer
 
 
@@ -18,7 +19,7 @@ def write_files(folder, n=20):
 
 
 def open_store(folder, root):
-  return cache.tokenise(TextSource(str(folder)), ByteTokenizer(), root)
+  return token_cache.tokenise(TextSource(str(folder)), ByteTokenizer(), root)
 
 
 def test_tokens_offsets_and_split(tmp_path):
@@ -38,7 +39,7 @@ def test_tokens_offsets_and_split(tmp_path):
 def test_large_vocabularies_take_int32(tmp_path):
   class Wide(ByteTokenizer):
     identity, size, end = 'wide', 70000, 69999
-  store = cache.tokenise(TextSource(str(write_files(tmp_path / 'text'))), Wide(), tmp_path / 'cache')
+  store = token_cache.tokenise(TextSource(str(write_files(tmp_path / 'text'))), Wide(), tmp_path / 'cache')
   assert store.tokens.dtype == np.dtype('<i4') and store.tokens[store.offsets[1] - 1] == 69999
 
 
@@ -70,7 +71,7 @@ def test_damage_is_found_told_and_repaired(tmp_path, damage, caplog):
   elif damage == 'no checksums':  # as an earlier version wrote it
     meta = json.loads((stored / 'meta.json').read_text())
     del meta['blocks'], meta['self']
-    (stored / 'meta.json').write_text(json.dumps({**meta, 'self': cache._hash(meta)}))
+    (stored / 'meta.json').write_text(json.dumps({**meta, 'self': token_cache._hash(meta)}))
   elif damage == 'bit':
     raw = bytearray((stored / 'offsets.npy').read_bytes())
     raw[-20] ^= 1
@@ -79,18 +80,18 @@ def test_damage_is_found_told_and_repaired(tmp_path, damage, caplog):
     raw = (stored / damage).read_bytes()
     (stored / damage).write_bytes(raw[:len(raw) // 4 * 2])  # a whole number of tokens
   with pytest.raises((ValueError, KeyError, OSError)):
-    cache._open(stored, tmp_path)
+    token_cache._open(stored, tmp_path)
   caplog.clear()
   assert np.array_equal(open_store(folder, tmp_path).tokens, whole)
   assert [record.getMessage().partition(' is damaged and built again: ')[0] for record in caplog.records] == [str(stored)]
-  cache._open(stored, tmp_path)
+  token_cache._open(stored, tmp_path)
 
 
 def test_what_was_odd_is_known_at_every_start(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_bytes(b'{"text": "one \xff"}\nbroken\n{"text": "two"}\n')
   for start in ('the text is tokenised', 'the cache is hit'):
-    store = cache.tokenise(JsonlSource(str(path)), ByteTokenizer(), tmp_path)
+    store = token_cache.tokenise(JsonlSource(str(path)), ByteTokenizer(), tmp_path)
     assert len(store.skipped) == 1 and f'{path}:2: broken JSON' in store.skipped[0]
     assert store.notices == (f'1 pieces of invalid UTF-8 became U+FFFD, the first in {path}:1',
                              f'1 lines give no text and are skipped: {path}:2: broken JSON (Expecting value)'), start
@@ -100,7 +101,7 @@ def test_too_many_broken_lines_leave_no_cache(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_text('broken\n' * 200)
   with pytest.raises(config_lib.ConfigError, match='a.jsonl:101: '):
-    cache.tokenise(JsonlSource(str(path)), ByteTokenizer(), tmp_path)
+    token_cache.tokenise(JsonlSource(str(path)), ByteTokenizer(), tmp_path)
   assert list((tmp_path / 'tokens').iterdir()) == []
 
 
@@ -112,13 +113,13 @@ def test_no_text_at_all_opens_as_empty(tmp_path):
 
 def test_meta_says_what_is_stored(tmp_path):
   store = open_store(write_files(tmp_path / 'text'), tmp_path)
-  meta = json.loads((tmp_path / 'tokens' / f'{store.identity}-{cache.LAYOUT}' / 'meta.json').read_text())
+  meta = json.loads((tmp_path / 'tokens' / f'{store.identity}-{token_cache.LAYOUT}' / 'meta.json').read_text())
   assert meta['tokens'] == len(store.tokens) and meta['documents'] == 20 and meta['tokenizer'] == 'bytes-v1'
 
 
 def test_unknown_kind_is_a_config_error(tmp_path):
   with pytest.raises(config_lib.ConfigError, match="'parquet'.*stdlib, text, jsonl, megatron, tfds"):
-    source.open_source(config_lib.SourceConfig(kind='parquet'), tmp_path)
+    opening.open_source(config_lib.SourceConfig(kind='parquet'), tmp_path)
 
 
 class Ids:
@@ -135,18 +136,18 @@ class Ids:
 
 
 def test_documents_that_come_tokenised(tmp_path):
-  store = cache.tokenise(Ids([0, 255], [7, 256], [256]), ByteTokenizer(), tmp_path)
+  store = token_cache.tokenise(Ids([0, 255], [7, 256], [256]), ByteTokenizer(), tmp_path)
   assert store.tokens.tolist() == [0, 255, 256, 7, 256, 256] and store.offsets.tolist() == [0, 3, 5, 6]
   assert store.text_bytes is None
   for ids in ([257], [-1, 5], [2**40]):
     with pytest.raises(config_lib.ConfigError, match=f'ids from {min(ids)} to {max(ids)}, but data.tokenizer has the ids 0 to 256'):
-      cache.tokenise(Ids([1], ids), ByteTokenizer(), tmp_path)
+      token_cache.tokenise(Ids([1], ids), ByteTokenizer(), tmp_path)
 
 
 def test_batches_hold_every_document_in_order(tmp_path, monkeypatch):
   whole = open_store(write_files(tmp_path / 'text'), tmp_path / 'one')
-  monkeypatch.setattr(cache, 'BATCH_DOCUMENTS', 3)
-  monkeypatch.setattr(cache, 'BATCH_BYTES', 40)
+  monkeypatch.setattr(token_cache, 'BATCH_DOCUMENTS', 3)
+  monkeypatch.setattr(token_cache, 'BATCH_BYTES', 40)
   parts = open_store(tmp_path / 'text', tmp_path / 'two')
   assert np.array_equal(whole.tokens, parts.tokens) and np.array_equal(whole.offsets, parts.offsets)
   assert parts.text_bytes.tolist() == [len(f'text {i}' * (i + 1)) for i in range(20)]
@@ -174,7 +175,7 @@ class Replaced(TextSource):
 def test_a_source_that_changes_while_it_is_read_leaves_nothing(tmp_path, kind, name):
   folder = write_files(tmp_path / 'text', 3)
   with pytest.raises(config_lib.ConfigError, match=rf'text/{name} changed while it was read.*nothing of it was kept') as caught:
-    cache.tokenise(kind(str(folder)), ByteTokenizer(), tmp_path / 'cache')
+    token_cache.tokenise(kind(str(folder)), ByteTokenizer(), tmp_path / 'cache')
   assert '\n' not in str(caught.value) and list((tmp_path / 'cache' / 'tokens').iterdir()) == []
   now = b''.join(path.read_bytes() + b'|' for path in sorted(folder.iterdir()))
   tokens = open_store(folder, tmp_path / 'cache').tokens

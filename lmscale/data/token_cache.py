@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lmscale.data import document, file_digest, storage
+from lmscale.data import atomic_folder, document, file_digest
 from lmscale.data.losses import Losses, notice_of
 from lmscale.data.reading_notes import Notes
 from lmscale.data.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ def tokenise(source: Source, tokenizer: Tokenizer, cache: pathlib.Path) -> Token
       raise ConfigError(f'{", ".join(changed[:3]) or "the text"} changed while it was read, so nothing of it was '
                         'kept; start again when it is complete')
 
-  store = storage.ensure(cache / 'tokens' / f'{key}-{LAYOUT}', write, lambda folder: _open(folder, cache))
+  store = atomic_folder.ensure(cache / 'tokens' / f'{key}-{LAYOUT}', write, lambda folder: _open(folder, cache))
   notices = (*getattr(source, 'notices', ()), *store.notices)
   size = sum(size for size, _ in states.values())
   return dataclasses.replace(store, content=content + store.content, notices=notices, files=len(states), size=size)

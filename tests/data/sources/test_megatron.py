@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from lmscale.data import megatron
+from lmscale.data.sources import megatron
 from lmscale.errors import ConfigError
 
 # Written by megatron-core 0.16.1's IndexedDatasetBuilder: [5 4 3 299], [7 299], and a document of [9 8] and [1 2 299].

@@ -5,7 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from lmscale.data import document, megatron, megatron_store
+from lmscale.data import document
+from lmscale.data.sources import megatron, megatron_source
 from lmscale.data.tokenizer import ByteTokenizer
 from lmscale.errors import ConfigError
 
@@ -25,7 +26,7 @@ def prefix(tmp_path):
 
 
 def open_store(prefix, tokenizer=None):
-  return megatron_store.open_store(str(prefix), tokenizer or ByteTokenizer(), prefix.parent / 'cache')
+  return megatron_source.open_store(str(prefix), tokenizer or ByteTokenizer(), prefix.parent / 'cache')
 
 
 def add_sidecar(prefix, tokenizer='bytes-v1'):
@@ -139,4 +140,4 @@ def test_a_damaged_sidecar_is_refused(prefix, text):
 def test_an_empty_path_is_a_config_error(tmp_path):
   for path in ('', 'a\0b', str(tmp_path)):
     with pytest.raises(ConfigError):
-      megatron_store.open_store(path, ByteTokenizer(), tmp_path)
+      megatron_source.open_store(path, ByteTokenizer(), tmp_path)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.data import document, stdlib, stdlib_dataset
+from lmscale.data import document
 from lmscale.data.reading_notes import Notes
-from lmscale.data.stdlib_source import StdlibSource
+from lmscale.data.sources import stdlib, stdlib_dataset
+from lmscale.data.sources.stdlib_source import StdlibSource
 
 ROOT = pathlib.Path(sysconfig.get_path('stdlib'))
 

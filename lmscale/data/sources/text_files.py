@@ -10,9 +10,9 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from lmscale.data import document, file_digest, files
+from lmscale.data import document, file_digest
 from lmscale.data.reading_notes import Notes
-from lmscale.data.sources import encoding
+from lmscale.data.sources import encoding, file_streams
 from lmscale.data.sources.find_files import find_files
 from lmscale.errors import ConfigError
 
@@ -75,7 +75,7 @@ class JsonlSource(TextSource):
     """As for text files. `notes.skipped` receives a 'file:line: reason' for each line without text."""
     for path in self.files:
       bad, check = 0, encoding.Checked(f'data file {path}', notes)
-      for number, line in files.lines(path, notes):
+      for number, line in file_streams.lines(path, notes):
         text, reason = _parse(line, self.field, check, f'{path}:{number}')
         if reason:
           bad += 1
@@ -101,11 +101,11 @@ def _pieces(path: pathlib.Path, notes: Notes) -> Iterator[bytes]:
     return piece.removeprefix(encoding.BOM) if done == size else piece
 
   try:
-    for block in encoding.utf8_blocks(files.blocks(path), path, notes):
+    for block in encoding.utf8_blocks(file_streams.blocks(path), path, notes):
       held += block
       while len(held) > MAX_TEXT:
         yield taken(_cut(held))
-  except files.Damaged as error:
+  except file_streams.Damaged as error:
     raise ConfigError(f'data file {path}: {error}, after {done + len(held):,} bytes of text') from error
   if held:
     yield taken(len(held))
@@ -121,7 +121,7 @@ def _cut(text: bytes) -> int:
 def _parse(line: bytes | None, field: str, check: encoding.Checked, place: str) -> tuple[bytes, str]:
   """(UTF-8 text, '') or (b'', why the line gives no text)."""
   if line is None:
-    return b'', f'longer than {files.MAX_LINE} bytes'
+    return b'', f'longer than {file_streams.MAX_LINE} bytes'
   name = json.dumps(field, ensure_ascii=False)
   try:
     record = json.loads(check.text(line, place), object_pairs_hook=_Pairs)

@@ -13,7 +13,8 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from lmscale.data import stdlib, storage, tfds_source
+from lmscale.data import atomic_folder
+from lmscale.data.sources import stdlib, tfds_source
 from lmscale.errors import ConfigError
 
 
@@ -68,7 +69,7 @@ def prepare(cache: pathlib.Path, root: pathlib.Path, files: Sequence[pathlib.Pat
     if stdlib.version(root, files) != name:
       raise ConfigError(f'{root} changed while it was read, so nothing of it was kept; start again')
 
-  return storage.ensure(cache / 'stdlib' / name, build, open_streams)
+  return atomic_folder.ensure(cache / 'stdlib' / name, build, open_streams)
 
 
 def open_streams(folder: pathlib.Path) -> dict[str, Sequence[dict]]:
