@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,17 +106,22 @@ def tokenised(documents: Iterable[document.Document], tokenizer: Tokenizer,
   loses is counted in `losses`."""
   dtype = token_dtype(tokenizer.size)
   end = np.array([tokenizer.end], dtype)
-  for batch in _batches(documents):
+  for batch in batches(documents):
     texts = [d.text for d in batch if d.ids is None]
     found_ids = tokenizer.encode_batch(texts)
-    losses.add(texts, found_ids)
-    losses.probe([text[:PROBED_BYTES] for text in texts[::max(1, len(texts) // PROBED)]])
+    check(texts, found_ids, losses)
     encoded = iter(found_ids)
     for found in batch:
       ids = next(encoded) if found.ids is None else _checked(found.ids, tokenizer)
       if found.ids is None or ids[-1] != tokenizer.end:
         ids = np.concatenate([ids.astype(dtype, copy=False), end])
       yield ids, found.split_key, len(found.text) if found.ids is None else -1
+
+
+def check(texts: Sequence[bytes], ids: Sequence[np.ndarray], losses: Losses) -> None:
+  """Counts in `losses` what became of a batch of texts."""
+  losses.add(texts, ids)
+  losses.probe([text[:PROBED_BYTES] for text in texts[::max(1, len(texts) // PROBED)]])
 
 
 def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -126,7 +131,8 @@ def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
   return ids.astype(token_dtype(tokenizer.size))
 
 
-def _batches(documents: Iterable[document.Document]) -> Iterator[list[document.Document]]:
+def batches(documents: Iterable[document.Document]) -> Iterator[list[document.Document]]:
+  """The documents in lists that are tokenised in one call."""
   batch, size = [], 0
   for found in documents:
     batch.append(found)
