@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from lmscale.data import cache, losses, reading_notes, storage
-from lmscale.data import source as source_lib
+from lmscale.data import atomic_folder, losses, token_cache
+from lmscale.data.reading_notes import Notes
+from lmscale.data.sources import opening
 from lmscale.data.tokenizer import get_tokenizer
 from lmscale.errors import ConfigError
 
@@ -21,12 +22,13 @@ def measure(tokenizer_name: str, source: str, limit: int) -> tuple[float, float,
   tokenizer = get_tokenizer(tokenizer_name)
   found = losses.Losses(tokenizer)
   tokenising, checking, size = 0.0, 0.0, 0
-  for batch in cache.batches(source_lib.open_source(source_lib.parse(source), storage.cache_root()).documents(reading_notes.Notes())):
+  opened = opening.open_source(opening.parse(source), atomic_folder.cache_root())
+  for batch in token_cache.batches(opened.documents(Notes())):
     texts = [document.text for document in batch]
     start = time.process_time()
     ids = tokenizer.encode_batch(texts)
     middle = time.process_time()
-    cache.check(texts, ids, found)
+    token_cache.check(texts, ids, found)
     tokenising, checking = tokenising + middle - start, checking + time.process_time() - middle
     if (size := size + sum(map(len, texts))) >= limit:
       break
