@@ -685,7 +685,7 @@ cases(
   ('one name twice', '--config.data.sources=[{"name": "a"}, {"name": "a"}]', ('data.sources', "'a'")),
   ('an exhausted source', (blend(3, 1), '--config.train.steps=400', '--job=train'), '',
    {'act': lambda folder: data(blend(3, 1), '--config.train.steps=2000'), 'code': 0, 'changes': ('../cache',),
-    'stdout': ('75% of the blend, 16.53 epochs', '25% of the blend, 16.53 epochs')}),
+    'stdout': ('75% of the blend, 16.88 epochs', '25% of the blend, 16.88 epochs')}),
 )  # fmt: skip
 
 
