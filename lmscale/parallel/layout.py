@@ -10,8 +10,8 @@ from lmscale.config import Config
 from lmscale.models import model
 from lmscale.models.params import ParamSpec
 from lmscale.models.stack import layer_specs
-from lmscale.models.stacking import Stack, Stacking, map_stacks
-from lmscale.parallel.rules import Rules, partition
+from lmscale.models.stacking import Stack, Stacking, make_stacking, map_stacks
+from lmscale.parallel.rules import Rules, make_rules, partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,13 @@ def make_layout(config: Config, stacking: Stacking, rules: Rules) -> dict[str, A
 
   outer = {part: of(specs) for part, specs in model.outer_specs(config.model).items()}
   return {**outer, 'layers': map_stacks(lambda stack: of(layer_specs(config.model, stack.kind), stack), stacking)}
+
+
+def zero_share(config: Config) -> float:
+  """The share of the parameters' elements that ZeRO cuts over `data`; where no free dim divides, a leaf stays whole."""
+  layout = make_layout(config, make_stacking(config.model.layers, 'unrolled'), make_rules(config))
+  leaves = jax.tree.leaves(layout, is_leaf=lambda leaf: isinstance(leaf, LeafLayout))
+  return sum(leaf.spec.size for leaf in leaves if leaf.data_dim is not None) / sum(leaf.spec.size for leaf in leaves)
 
 
 def map_layout(function: Any, layout: Any, *trees: Any) -> Any:

@@ -4,16 +4,20 @@ import dataclasses
 from typing import Any
 
 from lmscale.config import Config, run_tokens
+from lmscale.parallel.layout import zero_share
 from lmscale.plan.flops import flops_per_token, flops_per_token_paper
 from lmscale.plan.memory import bytes_per_device
 from lmscale.plan.parameters import parameters_by_kind
+
+ENOUGH = 0.99  # of the parameters cut by ZeRO: what is left over is small
+NEAR = 8  # how far from mesh.data another size is looked for
 
 
 def make_report(config: Config) -> dict[str, Any]:
   """Parameters, FLOPs and bytes of a config whose mesh.data is known. Allocates nothing; values are JSON-able.
 
   Keys that scripts rely on: parameters.total, parameters.by_kind, flops_per_token, flops_per_token_paper,
-  bytes_per_device.{parameters, gradients, optimizer, activations}.
+  bytes_per_device.{parameters, gradients, optimizer, activations}. zero_share: of the parameters, cut over `data`.
   """
   kinds = parameters_by_kind(config.model)
   train, seq_len = config.train, config.train.seq_len
@@ -31,8 +35,21 @@ def make_report(config: Config) -> dict[str, Any]:
     'tokens_per_step': train.batch * seq_len,
     'mesh': dataclasses.asdict(config.mesh),
     'devices': config.mesh.size,
+    'zero_share': zero_share(config),
+    'zero_advice': zero_advice(config),
     'bytes_per_device': bytes_per_device(config),
   }
+
+
+def zero_advice(config: Config) -> str:
+  """What stands against cutting the parameters over `data`, and which sizes would cut more; empty where all that is large is cut."""
+  mesh, share = config.mesh, zero_share(config)
+  if not mesh.zero or mesh.data == 1 or share > ENOUGH:
+    return ''
+  sizes = (dataclasses.replace(mesh, data=data) for data in range(max(2, mesh.data - NEAR), mesh.data + NEAR + 1))
+  better = [m.data for m in sizes if zero_share(dataclasses.replace(config, mesh=m)) > ENOUGH]
+  nearest = ' or '.join(map(str, sorted(better, key=lambda d: (abs(d - mesh.data), d))[:2]))
+  return f'no dim of the rest divides by data {mesh.data}' + (f', mesh.data {nearest} would' if nearest else '')
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -47,6 +64,7 @@ def format_report(report: dict[str, Any]) -> str:
     ('  per parameter', f'{report["tokens"] / total:.1f}', ''),
     ('FLOPs of the run', f'{report["flops"]:.3g}', ''),
     ('devices', f'{report["devices"]:,}', _mesh_text(mesh)),
+    *([('  cut by ZeRO', f'{report["zero_share"]:.1%}', report['zero_advice'])] if mesh['zero'] and mesh['data'] > 1 else []),
     ('bytes per device', '', 'estimate; the fullest device'),
   ]
   rows += [(f'  {group}', size(n), '') for group, n in report['bytes_per_device'].items()]

@@ -244,7 +244,9 @@ class Run:
     loop = self.config.loop
     prompt = [int(i) for i in self.tokenizer.encode(loop.sample_prompt)] or [self.tokenizer.end]
     with self.goodput.spent_on('other'):
-      tokens = self.program.generate(state, prompt, loop.sample_tokens, loop.temperature, self.config.seed + done)
+      tokens = self.program.generate(
+        state, prompt, loop.sample_tokens, loop.temperature, self.config.seed + done, self.tokenizer.size
+      )
     text = printable(loop.sample_prompt + self.tokenizer.decode(tokens))
     if self.writer:
       self.writer.sample(done, text)

@@ -32,6 +32,16 @@ def test_one_trillion_parameters_take_seconds():
   assert time.monotonic() - start < 10
 
 
+def test_what_zero_does_not_cut_is_said():
+  """1T on six data ranks: nothing divides, and every stage plans the same bytes."""
+  config = recipes.load(f'{CONFIGS}/megatron_gpt.py:size=1t')
+  report = make_report(fill_data(config, 8 * 64 * 6))
+  assert report['zero_share'] == 0
+  assert 'cut by ZeRO                  0.0%  no dim of the rest divides by data 6, mesh.data 5 or 4 would' in format_report(report)
+  report = make_report(fill_data(config, 8 * 64 * 8))
+  assert report['zero_share'] > 0.999 and report['zero_advice'] == ''
+
+
 def test_units():
   assert [short(n) for n in (12, 1_500, 8_655_000_000, 1.008e12)] == ['12', '1.500 K', '8.655 B', '1.008 T']
   assert [size(n) for n in (12, 2048, 3 * 2**30, 2**41)] == ['12 B', '2.00 KiB', '3.00 GiB', '2.00 TiB']

@@ -53,6 +53,7 @@ class FakeLoader:
 
 class FakeTokenizer:
   end = 0
+  size = 256
 
   def encode(self, text):
     return np.frombuffer(text.encode(), np.uint8)
