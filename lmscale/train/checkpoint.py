@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import multihost
 
-from lmscale import processes as distributed
+from lmscale import processes
 from lmscale.errors import ConfigError
 from lmscale.train import stored
 from lmscale.train.stored import Index
@@ -188,7 +188,7 @@ class Checkpointer:
         leaves |= self._moved(step, move, asked, found, source)
       facts = stored.facts(stored.nested(leaves), index)
     except Exception as error:
-      if distributed.count() > 1:  # perhaps of this one only: then the others wait for it, and cannot go back with it
+      if processes.count() > 1:  # perhaps of this one only: then the others wait for it, and cannot go back with it
         raise ConfigError(
           f'checkpoint {self.folder / str(step)} cannot be read here ({_first_line(error)}); if it is damaged, move its '
           'folder away to go on from the one before'

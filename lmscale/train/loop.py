@@ -8,7 +8,7 @@ checkpoint before the checkpoint commits, and cut back to it on resume.
 so does, before the first step, the first (`processes/interrupt.py`).
 
 Of several processes each runs this same loop, in step with the others: whatever touches the state is done by all, and what
-is done next follows from the step number, the metrics or `distributed.stop_after`, which all see alike. The first alone
+is done next follows from the step number, the metrics or `processes.stop_after`, which all see alike. The first alone
 prints and writes.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from lmscale import processes as distributed
+from lmscale import processes
 from lmscale.config import Config
 from lmscale.data.prefetch import prefetch
 from lmscale.exit_codes import AGAIN, DIVERGED, DONE, KILLED
@@ -66,13 +66,13 @@ def train(
   schedule, goodput = Schedule(config), Goodput(began)
   peak = device_peak_flops(jax.devices()[0].device_kind, config.train.compute_dtype)
   peak = peak and peak * jax.device_count()
-  with distributed.interrupts() as interrupt, Checkpointer(workdir.checkpoints, config.loop.keep) as checkpoints:
+  with processes.interrupts() as interrupt, Checkpointer(workdir.checkpoints, config.loop.keep) as checkpoints:
     with goodput.spent_on('startup' if checkpoints.latest() is None else 'restore'):
       state, start, notes = resume.begin(config, program, loader.identity, workdir, checkpoints)
     complete = start >= schedule.steps
     if complete:
       interrupt.begin()
-    first = distributed.is_first()
+    first = processes.is_first()
     if first:
       workdir.record()
       goodput.resume(workdir.path, start)
@@ -140,7 +140,7 @@ class Run:
         return DIVERGED
       unread = plan, metrics
       done = plan.step + 1
-      stop = distributed.stop_after(done, interrupt.requested)
+      stop = processes.stop_after(done, interrupt.requested)
       due = stop or done == self.schedule.steps or any(self.due(every, done) for every in self.intervals)
       if not due and not metrics['loss'].is_ready():
         continue
@@ -234,7 +234,7 @@ class Run:
     if not labels:
       self.console.say(f'step {done}: no label of the validation samples counts, so there is no validation loss')
       return {'val_loss': None, 'val_bits_per_byte': None}
-    per_token = self.val_loader.bytes_per_token(self.config.loop.eval_samples) if distributed.is_first() else None
+    per_token = self.val_loader.bytes_per_token(self.config.loop.eval_samples) if processes.is_first() else None
     bits = loss / math.log(2) / per_token if per_token else None
     self.console.say(f'step {done}: validation loss {loss:.4f}' + (f', {bits:.4f} bits per byte' if bits is not None else ''))
     return {'val_loss': loss, 'val_bits_per_byte': bits}

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from lmscale import processes as distributed
+from lmscale import processes
 from lmscale.batch import ROWS
 from lmscale.config import Config
 from lmscale.generate.sample import make_compute_copy, make_generate
@@ -141,7 +141,7 @@ class Program:
 
   def _run(self, function: Any, *args: Any) -> Any:
     with jax.set_mesh(self.mesh), self._precision():
-      if distributed.count() > 1:
+      if processes.count() > 1:
         function = self._compiled(function, *args)
       result = function(*args)
     # Emulated CPU devices share one thread pool, in which two programs in flight could each hold the threads that the
@@ -155,7 +155,7 @@ class Program:
     """
     if function not in self._programs:
       self._programs[function] = function.lower(*args).compile()
-      distributed.wait_for_all(f'compiled {len(self._programs)}')
+      processes.wait_for_all(f'compiled {len(self._programs)}')
     return self._programs[function]
 
   def _precision(self) -> contextlib.AbstractContextManager:

@@ -27,8 +27,7 @@ from typing import Any, Self
 import jax
 
 from lmscale import config as config_lib
-from lmscale import processes as distributed
-from lmscale import unfinished
+from lmscale import processes, unfinished
 from lmscale.config import Config
 from lmscale.errors import ConfigError
 
@@ -77,8 +76,8 @@ def open_workdir(folder: str | os.PathLike, config: Config) -> Workdir:
     ConfigError: the folder cannot be made or is in use, or a process of the run does not see the folder.
   """
   path = pathlib.Path(folder).expanduser().absolute()
-  if not distributed.is_first():
-    _look(path, distributed.share('owner', None))
+  if not processes.is_first():
+    _look(path, processes.share('owner', None))
     return Workdir(path, config)
   made = [p for p in (path, *path.parents) if not p.exists()]
   try:
@@ -91,7 +90,7 @@ def open_workdir(folder: str | os.PathLike, config: Config) -> Workdir:
   workdir = Workdir(path, config, lock)
   try:
     _set_strays_aside(workdir.checkpoints)
-    distributed.share('owner', (path / 'lock').read_text())
+    processes.share('owner', (path / 'lock').read_text())
   except BaseException:
     workdir.close()
     raise

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lmscale import processes as distributed
+from lmscale import processes
 from lmscale.errors import ConfigError
 from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.stored import checksums
@@ -199,7 +199,7 @@ def test_where_one_of_several_processes_cannot_read_none_goes_back(tmp_path, mon
       return restore(step, args=args)
 
     monkeypatch.setattr(checkpoints._manager, 'restore', unreadable)
-    monkeypatch.setattr(distributed, 'count', lambda: 2)
+    monkeypatch.setattr(processes, 'count', lambda: 2)
     with pytest.raises(ConfigError, match='2 cannot be read here .*no such shard.* move its folder away'):
       checkpoints.restore(abstract(tree))
 
