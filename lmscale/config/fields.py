@@ -156,7 +156,7 @@ class DataConfig:
   tokenizer: str = 'bytes'  # bytes, or the path of a tokenizer.json (Hugging Face) or a .model (SentencePiece)
   end_token: str = ''  # the token of that file that ends a document; empty: the one that published models use
   cache: str = ''  # folder of the token cache; empty: ~/.cache/lmscale
-  validation: float = 0.02  # share of files held out, chosen by the hash of their content
+  validation: float = 0.02  # share held out: documents chosen by the hash of their content; of few or long ones the ends
 
 
 @dataclasses.dataclass(frozen=True)

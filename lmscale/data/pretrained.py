@@ -58,8 +58,19 @@ class PretrainedTokenizer:
   def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
     """`encode` of each text, all parts in one call of the library. Raises ConfigError if one became a special token."""
     parts = [list(cut(text.decode('utf-8', 'replace'))) for text in texts]
-    found = iter(self._encode([part for whole in parts for part in whole]))
+    try:
+      found = iter(self._encode([part for whole in parts for part in whole]))
+    except Exception as error:  # the libraries raise nothing narrower
+      reason = ' '.join(str(error).split())[:200]
+      raise ConfigError(f'the tokenizer fails on a text: {reason}; it needs a token for what it does not know') from error
     return [self._joined(whole, [next(found) for _ in whole]) for whole in parts]
+
+  def reaches_special(self, text: str) -> bool:
+    """Whether `text` becomes a special token; one that cannot be tokenised does not."""
+    try:
+      return bool(self._is_special[self._encode([text])[0]].any())
+    except Exception:  # noqa: BLE001 - the libraries raise nothing narrower
+      return False
 
   def _joined(self, texts: list[str], parts: list[list[int]]) -> np.ndarray:
     ids = np.concatenate([np.array(part, self._dtype) for part in parts] or [np.empty(0, self._dtype)])
@@ -183,12 +194,11 @@ def _unknown(model: dict[str, Any], ids: Mapping[str, int]) -> int | None:
 
 def _try(tokenizer: PretrainedTokenizer, end: str, names: Iterable[str]) -> None:
   """Raises ConfigError where a special token's name, or unusual text, becomes a special token."""
-  if tokenizer.unknown == tokenizer.end:
-    try:
-      tokenizer.encode_batch([text.encode() for text in UNUSUAL])
-    except ConfigError as error:
-      raise ConfigError(f'unknown text becomes {end!r}, which ends a document; a document could end anywhere') from error
-  tokenizer.encode_batch([text.encode() for name in names for text in (name, f'a {name} {name}{name}')])
+  if tokenizer.unknown == tokenizer.end and any(tokenizer.reaches_special(text) for text in UNUSUAL):
+    raise ConfigError(f'unknown text becomes {end!r}, which ends a document; a document could end anywhere')
+  for name in names:
+    if tokenizer.reaches_special(text := f'{name} a {name} {name}{name}'):
+      raise ConfigError(f'a text that spells {name!r}, {text!r}, becomes a special token')
 
 
 def _sentencepiece(raw: bytes, named: str) -> PretrainedTokenizer:
@@ -201,7 +211,7 @@ def _sentencepiece(raw: bytes, named: str) -> PretrainedTokenizer:
     usual = next((pieces[name] for name in ENDS if name in pieces), -1)
   end = pieces[_named(named, pieces, (name for name in pieces if name[0:1] == named[0:1]))] if named else usual
   if end < 0:
-    raise ConfigError('the model has no end-of-sentence piece (eos_id is -1)')
+    raise ConfigError('the model has no end-of-sentence piece (eos_id is -1); name the token that ends a document in data.end_token')
   name = found.id_to_piece(end)
   content, hiding = special.hide_in_sentencepiece(raw, name)
   found.LoadFromSerializedProto(content)

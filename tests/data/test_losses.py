@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 from made import CORPUS, make_bpe, make_sentencepiece
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lmscale import config as config_lib
 from lmscale.data import losses, token_cache
@@ -82,6 +82,36 @@ def test_tokenizers_that_keep_text_lose_none_and_are_not_decoded(tmp_path, monke
     monkeypatch.setattr(tokenizer, 'decode_batch', lambda batch, decoded=decoded, real=real: decoded.append(len(batch)) or real(batch))
     assert not token_cache.tokenise(JsonlSource(str(path)), tokenizer, tmp_path / 'c').notices
     assert decoded == [6]  # the probe
+
+
+def like_llama(path):
+  """A space before the text, a bar for each space, bytes for what is not in the vocabulary."""
+  names = ['<unk>', '<s>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256)), *sorted({*LATIN, '▁'}), 'th', 'the', '▁the']
+  merges = [('t', 'h'), ('th', 'e'), ('▁', 'the')]
+  made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(names)}, merges, byte_fallback=True, unk_token='<unk>'))
+  made.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+  made.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+  made.add_special_tokens(['<unk>', '<s>', '</s>'])
+  made.save(str(path))
+  return str(path)
+
+
+def test_the_bytes_of_tokens_add_up_whatever_stands_for_a_space(tmp_path):
+  tokenizer = get_tokenizer(like_llama(tmp_path / 'a.json'))
+  for text in (LATIN, CHINESE, 'the  the\n', 'x <0x0A> </s>', '😀'):
+    ids = tokenizer.encode(text)
+    assert tokenizer.text_bytes(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+  assert tokenizer.text_bytes(tokenizer.encode('the▁')) != len('the▁'.encode())  # comes back as a space: decoded, and told
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_one_line(tmp_path):
+  made = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(['</s>', 'a', 'b'])}, unk_token='none'))
+  made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  made.add_special_tokens(['</s>'])
+  made.save(str(tmp_path / 'a.json'))
+  tokenizer = get_tokenizer(str(tmp_path / 'a.json'))
+  with pytest.raises(ConfigError, match='the tokenizer fails on a text: .*it needs a token for what it does not know'):
+    tokenizer.encode('a c')
 
 
 @pytest.mark.parametrize('normalizer', [normalizers.Lowercase(), normalizers.NFKC(), normalizers.NFD(),
