@@ -26,6 +26,12 @@ def documents(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
   return document, segment_ids != 0
 
 
+def clear(real: jax.Array, *arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+  """The arrays [b, l, ...] with zeros at padding, where NaN and infinity stand for nothing either: times zero they would
+  be NaN, and reach real tokens through sums. real: [b, l] from `documents`. None stays None."""
+  return tuple(None if m is None else jnp.where(real.reshape(*real.shape, *[1] * (m.ndim - 2)), m, 0) for m in arrays)
+
+
 def starts(document: jax.Array) -> jax.Array:
   """[b, l] bool: True at the first token of every document but document 0, which goes on from the entering state."""
   return document != jnp.pad(document[:, :-1], ((0, 0), (1, 0)))

@@ -68,6 +68,22 @@ def test_no_window_is_a_window_of_zeros(assert_close):
   assert_close(run(no_bias), run(arguments | {'bias': jnp.zeros(3)}), 1e-6)
 
 
+def test_what_stands_at_padding_does_not_matter():
+  """NaN in x and in y's cotangent: results and gradients stay equal to the bit."""
+  arguments = make(dtype=np.float32)
+  weights = np.random.default_rng(1).normal(size=arguments['x'].shape).astype(np.float32)
+
+  @jax.jit
+  def differentiate(arguments, weights):
+    out, pull = jax.vjp(lambda arguments: causal_conv(**arguments, segment_ids=SEGMENTS), arguments)
+    return out, pull((weights, jnp.ones_like(out[1])))
+
+  padding = (SEGMENTS == 0)[..., None]
+  bad = arguments | {'x': jnp.where(padding, np.nan, arguments['x'])}
+  got = differentiate(bad, np.where(padding, np.float32(np.nan), weights))
+  jax.tree.map(np.testing.assert_array_equal, got, differentiate(arguments, weights))
+
+
 @pytest.mark.parametrize('segments', [None, SEGMENTS], ids=['one', 'packed'])
 def test_two_passes_equal_one(segments, assert_close):
   cut = 9  # within a document of both rows

@@ -113,6 +113,17 @@ def test_xla_matches_scan(case, assert_close):
   assert_close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize('implementation', ['scan', 'xla', 'pallas_triton'])
+def test_what_stands_at_padding_does_not_matter(implementation):
+  """NaN in every argument and in y's cotangent: results and gradients stay equal to the bit."""
+  arguments = make(dtype=np.float32)
+  weights = single(random_weights(arguments))
+  bad = {k: jnp.where((SEGMENTS == 0)[..., None], np.nan, a) if k in PER_TOKEN else a for k, a in arguments.items()}
+  bad_weights = np.where((SEGMENTS == 0)[..., None], np.float32(np.nan), weights[0]), weights[1]
+  want, got = (differentiate(a, w, SEGMENTS, implementation) for a, w in ((arguments, weights), (bad, bad_weights)))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 # Nothing fills a tile in the first; the second has three programs for each of two groups.
 PALLAS_CASES = {
   'masks': ({'d': 6, 'n': 5}, SEGMENTS, 8),

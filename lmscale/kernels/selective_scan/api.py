@@ -1,7 +1,7 @@
 """The selective scan: choice of implementation and what all implementations share.
 
 An implementation maps (x, dt, A, B, C, D, z, state, start, ...) to (y, state): x and z in x.dtype, B and C [b, l, g, n]
-in a floating dtype, the others in the accumulator dtype, dt = 0 at padding, and `start` [b, l] bool (True where the
+in a floating dtype, the others in the accumulator dtype, all zero at padding, and `start` [b, l] bool (True where the
 state must be forgotten) or None. y (D skip and gate included) is in x.dtype or in the accumulator dtype. The Pallas
 one says in `unsupported` what it cannot do.
 """
@@ -47,7 +47,7 @@ def selective_scan(
     D: [d]. z: [b, l, d].
     initial_state: [b, d, n], belongs to the document of the first real token; zeros if None.
     segment_ids: [b, l], 0 = padding. The state starts from zero in every later document; padding passes it
-      unchanged, outputs zero and receives zero gradient.
+      unchanged, outputs zero and receives zero gradient; no value there matters, be it NaN.
     chunk: tokens between the states that are kept for the backward pass, which changes memory and speed and not the
       result; any length l is allowed. None chooses; 'scan' keeps every state in any case.
     implementation: 'scan' (one token at a time, the oracle), 'xla' (chunked) or 'pallas_triton' (an NVIDIA GPU
@@ -75,10 +75,10 @@ def selective_scan(
   if segment_ids is not None:
     document, real = segments.documents(segment_ids)
     start = segments.starts(document)
-    dt = jnp.where(real[..., None], dt, 0)
+    x, dt, B, C, z = segments.clear(real, x, dt, B, C, z)
   y, state = run(x, dt, A, B, C, D, z, state, start)
-  if real is not None:
-    y = jnp.where(real[..., None], y, 0)
+  if real is not None:  # y is zero there already; this is for its cotangent
+    (y,) = segments.clear(real, y)
   return y.astype(x.dtype), state
 
 

@@ -1,7 +1,7 @@
 """The SSD operation: choice of implementation and what all implementations share.
 
 An implementation maps (x, dt, A, B, C, D, state, document, chunk) to (y, state) with dt, A, D and the states in the
-accumulator dtype, y (D skip included) in that or in x.dtype, dt = 0 at padding, and `document` from
+accumulator dtype, y (D skip included) in that or in x.dtype, x, dt, B and C zero at padding, and `document` from
 `segments.documents` or None. Everything else (padding, the z gate, dtypes) is done here once. The Pallas ones also
 take deterministic and interpret, and say in `unsupported` what they cannot do.
 """
@@ -52,7 +52,8 @@ def ssd(
     D: [h] or [h, p]. z: [b, l, h, p].
     initial_state: [b, h, p, n], belongs to the document of the first real token; zeros if None.
     segment_ids: [b, l], 0 = padding. The state starts from zero in every later document; padding passes it
-      unchanged, outputs zero and receives zero gradient. An id does not come back once it has changed.
+      unchanged, outputs zero and receives zero gradient; no value there matters, be it NaN. An id does not come back
+      once it has changed.
     chunk: tokens handled at a time, which changes the speed and not the result; any length l is allowed. None
       chooses per implementation and platform; 'scan' takes one token at a time in any case.
     implementation: 'scan' (one token at a time, the oracle), 'xla' (chunked) or 'pallas_triton' (an NVIDIA GPU
@@ -82,12 +83,12 @@ def ssd(
   document = real = None
   if segment_ids is not None:
     document, real = segments.documents(segment_ids)
-    dt = jnp.where(real[..., None], dt, 0)
+    x, dt, B, C, z = segments.clear(real, x, dt, B, C, z)
   y, state = run(x, dt, A, B, C, D, state, document, chunk)
   if z is not None:
     y = y.astype(acc) * jax.nn.silu(z.astype(acc))
-  if real is not None:
-    y = jnp.where(real[..., None, None], y, 0)
+  if real is not None:  # y is zero there already; this is for its cotangent
+    (y,) = segments.clear(real, y)
   return y.astype(x.dtype), state
 
 
