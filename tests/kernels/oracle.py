@@ -1,7 +1,8 @@
 """The recurrences in NumPy and float64, one token at a time, with their gradients written out: what must come out.
 
 Independent of the package and of automatic differentiation. `ssd` and `selective_scan` take the arguments of the
-operations as a dict and return ((y, state), gradients of sum(weights[0] * y) + sum(weights[1] * state)).
+operations as a dict and return ((y, state), gradients of sum(weights[0] * y) + sum(weights[1] * state)). `terms`
+says how large the terms are whose sums are the gradients of A and D.
 """
 
 import numpy as np
@@ -35,6 +36,17 @@ def recurrence(log_decay, keep, v, B, C, state, dy, dstate):
 
 def ssd(arguments, weights, segment_ids=None):
   """Of `lmscale.kernels.ssd.ssd`. arguments: x, dt, A, B, C and, if used, D, z, initial_state."""
+  results, gradients, _ = _ssd(arguments, weights, segment_ids)
+  return results, gradients
+
+
+def terms(arguments, weights, segment_ids=None):
+  """{'A': [h], 'D': [h]}: the root of the sum of the squares of what `ssd` sums up to the gradients of A and D [h]."""
+  _, _, found = _ssd(arguments, weights, segment_ids)
+  return {name: np.sqrt(np.square(m).sum((0, 1, 3))) for name, m in found.items() if np.ndim(arguments.get(name)) == 1}
+
+
+def _ssd(arguments, weights, segment_ids):
   a = {name: np.asarray(value, np.float64) for name, value in arguments.items()}
   x, A, h = a['x'], a['A'], a['x'].shape[2]
   keep, real = _documents(segment_ids, x.shape[:2])
@@ -52,7 +64,7 @@ def ssd(arguments, weights, segment_ids=None):
     'dt': (d_log * A + (d_v * x).sum(-1)) * real[..., None], 'A': (d_log * dt).sum((0, 1)),
     'B': _to_groups(d_B, a['B']), 'C': _to_groups(d_C, a['C']), 'initial_state': d_state,
   }  # fmt: skip
-  return (y, state), {name: gradients[name] for name in arguments}
+  return (y, state), {name: gradients[name] for name in arguments}, {'A': (d_log * dt)[..., None], 'D': d_core * x}
 
 
 def selective_scan(arguments, weights, segment_ids=None):

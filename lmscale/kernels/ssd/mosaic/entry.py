@@ -8,12 +8,10 @@ the same walk in reverse with B and C exchanged, which gives the gradient of x a
 parallel over chunks and gives the rest. No step adds in an order that may vary: two runs agree to the bit.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from lmscale.kernels.ssd.decay import chunk_decay
+from lmscale.kernels.ssd import decay
 
 try:
   from lmscale.kernels.ssd.mosaic import outer, walk
@@ -21,8 +19,6 @@ except ImportError as error:
   MISSING = f'this JAX ({jax.__version__}) has no Pallas Mosaic GPU lowering ({error})'
 else:
   MISSING = None
-
-LOG2E = 1.4426950408889634
 
 
 def unsupported(x: jax.Array, B: jax.Array, chunk: int) -> str | None:
@@ -47,41 +43,37 @@ def ssd_pallas_mosaic(x, dt, A, B, C, D, state, document, chunk, *, deterministi
   reason = unsupported(x, B, chunk)
   if reason is not None:
     raise ValueError(f'ssd: pallas_mosaic cannot do this: {reason}')
-  cs = chunk_decay(dt, A, document, chunk)
   if D is not None:
     D = jnp.broadcast_to(D.reshape(x.shape[2], -1), (x.shape[2], x.shape[3]))
-  return _ssd(x, cs, dt, B, C, D, state, document)
+  return _ssd(x, decay.log_decay(dt, A), dt, B, C, D, state, document)
 
 
 @jax.custom_vjp
-def _ssd(x, cs, dt, B, C, D, state, document):
-  v, start = vectors(cs, dt, document), starts(document)
-  y, state, _ = walk.walk(x, C, B, v, start, D, state, reverse=False, save=False)
+def _ssd(x, a, dt, B, C, D, state, document):
+  """The kernels; a [b, l, h] are the log decays."""
+  (y, state), _ = _forward(x, a, dt, B, C, D, state, document, save=False)
   return y, state
 
 
-def _forward(x, cs, dt, B, C, D, state, document):
-  v, start = vectors(cs, dt, document), starts(document)
-  y, final, H = walk.walk(x, C, B, v, start, D, state, reverse=False, save=True)
-  return (y, final), (x, cs, dt, B, C, D, document, H)
+def _forward(x, a, dt, B, C, D, state, document, save=True):
+  v, start = vectors(a, dt, document), starts(document)
+  y, final, H = walk.walk(x, C, B, v, start, D, state, reverse=False, save=save)
+  return (y, final), (x, a, dt, B, C, D, document, H)
 
 
 def _backward(saved, cotangents):
-  x, cs, dt, B, C, D, document, H = saved
+  x, a, dt, B, C, D, document, H = saved
   dy, dfinal = cotangents
-  v, start = vectors(cs, dt, document), starts(document)
+  v, start = vectors(a, dt, document), starts(document)
   dx, dstate, G = walk.walk(dy, B, C, v, start, D, dfinal, reverse=True, save=True)
   dB, dC, dv = outer.outer(x, dy, B, C, v, start, H, G)
-  q = walk.Q
-  row_sum, column_sum, de, dw, keep = jnp.moveaxis(dv, (1, 2), (3, 0))
-  keep = _chunks(keep, q).sum(2)  # keep is e of a chunk's last token, so this gradient is added to that token's.
-  de = _chunks(de, q).at[:, :, -1].add(keep).reshape(de.shape)
-  _, through_scales = jax.vjp(functools.partial(scales, document=document, q=q), cs, dt)
-  dcs, ddt = through_scales((de, dw))
-  dcs += row_sum - dt * column_sum
-  ddt += column_sum
+  column_sum, within, de, dw, keep = (_chunks(m, walk.Q) for m in jnp.moveaxis(dv, (1, 2), (3, 0)))
+  enters, leaves = (_chunks(m, walk.Q) for m in scales(*_sums(a, document), document))
+  arrives = (enters * de).at[:, :, -1].add(enters[:, :, -1] * keep.sum(2))
+  ddt = column_sum + leaves * dw
+  da = within + decay.gradient(arrives, _chunks(dt, walk.Q) * leaves * dw)
   dD = None if D is None else jnp.einsum('blhp,blhp->hp', x, dy, preferred_element_type=D.dtype)
-  return dx, dcs, ddt, dB.astype(B.dtype), dC.astype(C.dtype), dD, dstate, None
+  return dx, da.reshape(a.shape), ddt.reshape(dt.shape), dB.astype(B.dtype), dC.astype(C.dtype), dD, dstate, None
 
 
 _ssd.defvjp(_forward, _backward)
@@ -92,31 +84,38 @@ def _chunks(m, q):
   return m.reshape(m.shape[0], -1, q, *m.shape[2:])
 
 
-def scales(cs: jax.Array, dt: jax.Array, document: jax.Array | None, q: int) -> tuple[jax.Array, jax.Array]:
+def _sums(a, document):
+  """(high, low) of `decay.running` to base 2, [b, l, h]."""
+  sums = decay.running(_chunks(a * decay.LOG2E, walk.Q), None if document is None else _chunks(document, walk.Q))
+  return tuple(m.reshape(a.shape) for m in sums)
+
+
+def scales(high: jax.Array, low: jax.Array, document: jax.Array | None) -> tuple[jax.Array, jax.Array]:
   """How much of the state that enters a chunk reaches each of its tokens, and of each token the state that leaves.
 
   Args:
-    cs: [b, l, h] from `chunk_decay` with chunks of q. dt: [b, l, h]. document: [b, l] or None.
+    high, low: [b, l, h] from `decay.running` in base 2. document: [b, l] or None.
 
   Returns:
-    e_i = exp(cs_i) and w_j = exp(cs_last - cs_j) dt_j, like cs; 0 where a document begins in between. The last e of a
-    chunk is the factor of the state itself.
+    e_i and w_j / dt_j of `walk`, like high; 0 where a document begins in between. The last e of a chunk is the
+    factor of the state itself.
   """
-  c, d = _chunks(cs, q), _chunks(dt, q)
-  enters, leaves = c, c[:, :, -1:] - c
+  h, s = _chunks(high, walk.Q), _chunks(low, walk.Q)
+  enters, leaves = h + s, (h[:, :, -1:] - h) + (s[:, :, -1:] - s)
   if document is not None:
-    doc = _chunks(document, q)
+    doc = _chunks(document, walk.Q)
     entering = jnp.pad(doc[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
     enters = jnp.where((doc == entering)[..., None], enters, -jnp.inf)
     leaves = jnp.where((doc == doc[:, :, -1:])[..., None], leaves, -jnp.inf)
-  return jnp.exp(enters).reshape(cs.shape), (jnp.exp(leaves) * d).reshape(cs.shape)
+  return jnp.exp2(enters).reshape(high.shape), jnp.exp2(leaves).reshape(high.shape)
 
 
-def vectors(cs: jax.Array, dt: jax.Array, document: jax.Array | None) -> jax.Array:
-  """What the kernels need of every token, [b, h, 5, l]: cs, cs - log dt, dt, e and w; cs and log to base 2."""
-  e, w = scales(cs, dt, document, walk.Q)
-  cs = cs * LOG2E
-  return jnp.stack([cs, cs - jnp.log2(dt), dt, e, w], 2).transpose(0, 3, 2, 1)
+def vectors(a: jax.Array, dt: jax.Array, document: jax.Array | None) -> jax.Array:
+  """What the kernels need of every token, [b, h, 6, l]: the parts high and low of the sum of its log decays, low - log dt,
+  dt, e and w; logarithms to base 2."""
+  high, low = _sums(a, document)
+  e, leaves = scales(high, low, document)
+  return jnp.stack([high, low, low - jnp.log2(dt), dt, e, leaves * dt], 2).transpose(0, 3, 2, 1)
 
 
 def starts(document: jax.Array | None) -> jax.Array | None:

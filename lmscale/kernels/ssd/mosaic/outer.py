@@ -7,6 +7,9 @@ a third streams in. With H the state that enters the chunk and G the gradient of
   warpgroup 0, rows i:   dM = dy x^T     dC += (dM decay dt) B + e (dy H)      de_i = <dy_i H, C_i>
   warpgroup 1, rows j:   dM^T = x dy^T   dB += (dM decay dt)^T C + w (x G)     dw_j = <x_j G, B_j>
 
+and of Z_ij = dM_ij (C_i . B_j) decay_ij, again in warpgroup 1, the sums over i, and for every token m those of dt_j Z_ij
+over j < m <= i.
+
 dC and dB stay in registers until every head of the program is added: the sum over heads has one order, no atomics.
 """
 
@@ -37,7 +40,7 @@ from lmscale.kernels.ssd.mosaic.walk import (
 
 PROGRAMS = 132  # The multiprocessors of an H200: with fewer programs the heads of a group are split.
 
-ROW_SUM, COLUMN_SUM, DE, DW, KEEP = range(5)  # The rows of the gradients of a token.
+COLUMN_SUM, WITHIN, DE, DW, KEEP = range(5)  # The rows of the gradients of a token.
 
 
 def split_heads(heads: int, programs: int) -> int:
@@ -49,38 +52,41 @@ def outer(x, dy, B, C, v, start, H, G):
   """Launches the kernel.
 
   Args:
-    x, dy: [b, l, h, p], 16 bit. B, C: [b, l, g, n] like x. v: [b, h, 5, l] float32. start: [b, l] int32 or None.
+    x, dy: [b, l, h, p], 16 bit. B, C: [b, l, g, n] like x. v: [b, h, 6, l] float32. start: [b, l] int32 or None.
     H, G: [b, h, l / q, p, n] like x, the entering states of the forward and of the reverse walk.
 
   Returns:
-    dB, dC [b, l, g, n] float32, and [b, h, 5, l] float32: of token i, sum_j dM_ij M_ij; of token j, sum_i dM_ij M_ij
-    without the factor dt_j of M; de; dw; and of the chunk's p-th token <G_p, H_p>, row p's part of the gradient of
-    keep.
+    dB, dC [b, l, g, n] float32, and [b, h, 5, l] float32: of token j, sum_i Z_ij; of token m, the sum of dt_j Z_ij over
+    j < m <= i; de; dw; and of the chunk's p-th token <G_p, H_p>, row p's part of the gradient of keep.
   """
   b, l, h, p = x.shape
   g, n = B.shape[2:]
   chunks = l // Q
   parts = split_heads(h // g, b * chunks * g)
   heads = h // g // parts
+  narrow = jnp.bfloat16 if x.dtype.itemsize == 2 else x.dtype  # of Z: float16 would lose the strong decays
 
   def body(*refs):
     refs = iter(refs)
-    x_g, dy_g, H_g, G_g, v_g, B_g, C_g = (next(refs) for _ in range(7))
+    x_g, dy_g, H_g, G_g, v_g, B_g, C_g, later_g = (next(refs) for _ in range(8))
     start_g = None if start is None else next(refs)
-    dB_g, dC_g, dv_g, B_s, C_s, start_s, arrived = refs
+    dB_g, dC_g, dv_g, B_s, C_s, later_s, start_s, arrived = refs
     batch, chunk, part = lax.axis_index('batch'), lax.axis_index('chunks'), lax.axis_index('parts')
     group, first = part // parts, part * heads
     wg = lax.axis_index('wg')
     tokens = pl.ds(chunk * Q, Q)
 
-    def side(first_s, second_s, state_s, row_s, column_s, v_s, transposed, carry):
-      """One warpgroup's share of a head. Returns the new carry and its sums: of Z, and of the state's term."""
+    def side(first_s, second_s, state_s, row_s, column_s, v_s, transposed, carry, head=None):
+      """One warpgroup's share of a head; if transposed, it stores the sums of Z. Returns the new carry and the sum of the
+      state's term."""
       total, scores = carry
       differential = _product_transposed(first_s, second_s)
       differential *= decay(v_s, start_s, transposed=transposed, dt=False)
       dt = load(v_s.at[DT], ROW if transposed else COLUMN)
       weighted = differential * (rows if transposed else columns)(dt, (Q, Q))
-      z = ((differential if transposed else weighted) * scores).sum(axis=1)
+      if transposed:  # before the large products, for the registers
+        dv_g[batch, head, COLUMN_SUM, tokens] = (differential * scores).sum(axis=1)
+        dv_g[batch, head, WITHIN, tokens] = _over_each((weighted * scores).astype(narrow), later_s)
       weighted = weighted.astype(x.dtype)
 
       def products(refs):
@@ -92,20 +98,18 @@ def outer(x, dy, B, C, v, start, H, G):
       total, through_state = pl.run_state(products)((plgpu.ACC.init(total), plgpu.ACC.init(zero)))
       scale = load(v_s.at[W if transposed else E], ROW)
       along = (through_state * load(row_s, plgpu.Layout.WGMMA).astype(jnp.float32)).sum(axis=1)
-      return (total + through_state * rows(scale, (Q, n)), scores), z, along
+      return (total + through_state * rows(scale, (Q, n)), scores), along
 
     def step(indices, x_s, dy_s, H_s, G_s, v_s, carry):
       head = first + indices[0]
 
       def queries(carry):
-        carry, z, de = side(dy_s, x_s, H_s, C_s, B_s, v_s, False, carry)
-        dv_g[batch, head, ROW_SUM, tokens] = z
+        carry, de = side(dy_s, x_s, H_s, C_s, B_s, v_s, False, carry)
         dv_g[batch, head, DE, tokens] = de
         return carry
 
       def keys(carry):
-        carry, z, dw = side(x_s, dy_s, G_s, B_s, C_s, v_s, True, carry)
-        dv_g[batch, head, COLUMN_SUM, tokens] = z
+        carry, dw = side(x_s, dy_s, G_s, B_s, C_s, v_s, True, carry, head)
         dv_g[batch, head, DW, tokens] = dw
         enters, leaves = (load(m, plgpu.Layout.WGMMA).astype(jnp.float32) for m in (H_s, G_s))
         dv_g[batch, head, KEEP, tokens] = (enters * leaves).sum(axis=1)
@@ -118,6 +122,7 @@ def outer(x, dy, B, C, v, start, H, G):
       def _():
         for source, target in ((B_g, B_s), (C_g, C_s)):
           plgpu.copy_gmem_to_smem(source.at[batch, tokens, pl.ds(group * n, n)], target, arrived)
+        plgpu.copy_gmem_to_smem(later_g, later_s, arrived)
         if start is not None:
           plgpu.copy_gmem_to_smem(start_g.at[batch, tokens], start_s, arrived)
 
@@ -143,7 +148,7 @@ def outer(x, dy, B, C, v, start, H, G):
       grid=(heads,),
       in_specs=[
         token_spec, token_spec, state_spec, state_spec,
-        plgpu.BlockSpec((None, None, 5, Q), lambda i: (batch, first + i, 0, chunk)),
+        plgpu.BlockSpec((None, None, 6, Q), lambda i: (batch, first + i, 0, chunk)),
       ],
       max_concurrent_steps=min(STAGES, heads),
       num_compute_wgs=2,
@@ -157,8 +162,9 @@ def outer(x, dy, B, C, v, start, H, G):
     body,
     out_type=(total, total, jax.ShapeDtypeStruct((b, h, 5, l), jnp.float32)),
     scratch_types=(
-      tile((Q, n), x.dtype), tile((Q, n), x.dtype), None if start is None else plgpu.SMEM((Q,), jnp.int32),
-      plgpu.Barrier(num_arrivals=2 if start is None else 3),
+      tile((Q, n), x.dtype), tile((Q, n), x.dtype), tile((Q, Q), narrow),
+      None if start is None else plgpu.SMEM((Q,), jnp.int32),
+      plgpu.Barrier(num_arrivals=3 if start is None else 4),
     ),
     grid=(b, chunks, g * parts),
     grid_names=('batch', 'chunks', 'parts'),
@@ -169,7 +175,8 @@ def outer(x, dy, B, C, v, start, H, G):
   )
   flat = [m.reshape(b, l, -1) for m in (x, dy, B, C)]
   optional = [] if start is None else [start]
-  dB, dC, dv = kernel(*flat[:2], H, G, v, *flat[2:], *optional)
+  later = jnp.tril(jnp.ones((Q, Q), narrow))  # [i, m]: i >= m
+  dB, dC, dv = kernel(*flat[:2], H, G, v, *flat[2:], later, *optional)
   dB, dC = (jnp.moveaxis(m.reshape(b, g, parts, l, n).sum(2), 1, 2) for m in (dB, dC))
   return dB, dC, dv
 
@@ -182,3 +189,15 @@ def _product_transposed(a, b):
     return acc[...]
 
   return pl.run_scoped(product, plgpu.ACC((Q, Q), jnp.float32))
+
+
+def _over_each(z, later):
+  """For every token m the sum of z [j, i] over j < m <= i."""
+
+  def product(acc):
+    plgpu.wgmma(acc, z, later)
+    return acc[...]
+
+  over = pl.run_scoped(product, plgpu.ACC((Q, Q), jnp.float32))
+  row, column = (plgpu.broadcasted_iota(jnp.int32, (Q, Q), axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
+  return jnp.where(row < column, over, 0).sum(axis=0)

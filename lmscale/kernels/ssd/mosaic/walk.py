@@ -27,7 +27,7 @@ Q = 64  # Tokens per chunk: what one wgmma takes, and with q = 128 the kernels s
 STAGES = 2
 MEMORY_REGISTERS = 32
 
-CS, CS_DT, DT, E, W = range(5)  # The rows of `vectors`.
+HIGH, LOW, LOW_DT, DT, E, W = range(6)  # The rows of `vectors`.
 
 
 def tile(shape: tuple[int, ...], dtype):
@@ -62,31 +62,37 @@ def decay(v, start, *, transposed: bool, dt: bool = True):
 
   dt: False leaves the factor dt_j out.
 
-  v: a reference [5, q], the rows of `vectors`. start: a reference [q], see `entry.starts`, or None. The mask
-  comes before the exponential, whose argument is thus never above log dt.
+  v: a reference [6, q], the rows of `vectors`. start: a reference [q], see `entry.starts`, or None. The mask
+  comes before the exponential, whose argument is thus never above log dt, up to rounding.
   """
   shape = (Q, Q)
   row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
   column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-  subtrahend = v.at[CS_DT if dt else CS]
+  earlier = (HIGH, LOW_DT if dt else LOW)
   if transposed:
-    exponent = columns(load(v.at[CS], COLUMN), shape) - rows(load(subtrahend, ROW), shape)
+    high, low = (
+      columns(load(v.at[i], COLUMN), shape) - rows(load(v.at[j], ROW), shape)
+      for i, j in zip((HIGH, LOW), earlier, strict=True)
+    )
     visible = column >= row
     if start is not None:
       visible &= columns(load(start, COLUMN), shape) <= row
   else:
-    exponent = rows(load(v.at[CS], ROW), shape) - columns(load(subtrahend, COLUMN), shape)
+    high, low = (
+      rows(load(v.at[i], ROW), shape) - columns(load(v.at[j], COLUMN), shape)
+      for i, j in zip((HIGH, LOW), earlier, strict=True)
+    )
     visible = row >= column
     if start is not None:
       visible &= rows(load(start, ROW), shape) <= column
-  return jnp.exp2(jnp.where(visible, exponent, -jnp.inf))
+  return jnp.exp2(jnp.where(visible, high + low, -jnp.inf))
 
 
 def walk(x, r, c, v, start, D, state, *, reverse: bool, save: bool):
   """Launches the walk.
 
   Args:
-    x: [b, l, h, p], 16 bit. r, c: [b, l, g, n] like x. v: [b, h, 5, l] float32. start: [b, l] int32 or None.
+    x: [b, l, h, p], 16 bit. r, c: [b, l, g, n] like x. v: [b, h, 6, l] float32. start: [b, l] int32 or None.
     D: [h, p] float32 or None. state: [b, h, p, n] float32, before the first chunk of the walk.
     reverse: from the last chunk to the first, with the decays transposed. save: also return the entering states.
 
@@ -167,7 +173,7 @@ def walk(x, r, c, v, start, D, state, *, reverse: bool, save: bool):
       matrix((None, Q, heads * p), lambda i: (batch, chunk_of(i), block)),
       matrix((None, Q, n), lambda i: (batch, chunk_of(i), group)),
       matrix((None, Q, n), lambda i: (batch, chunk_of(i), group)),
-      plgpu.BlockSpec((None, heads, 5, Q), lambda i: (batch, block, 0, chunk_of(i))),
+      plgpu.BlockSpec((None, heads, 6, Q), lambda i: (batch, block, 0, chunk_of(i))),
     ]
     inputs = [x_g, r_g, c_g, v_g]
     if start is not None:

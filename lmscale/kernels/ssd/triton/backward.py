@@ -11,15 +11,15 @@ of three things for all its heads:
   dx   = dt (K dy + exp(cs_last - cs) (B G)) + D dy
   Z_ji = (x_j . dy_i) K_ji,   u_j = exp(cs_last - cs_j) (B_j G . x_j)
   ddt  = rowsum Z + u
-  dcs  = colsum (dt Z) - dt ddt,  and at the last token + sum(dt u)
+  da_m = sum_(j < m) dt_j (u_j + sum_(i >= m) Z_ji)
 
   dC_i = sum_h (sum_j dS_ij B_j + exp(cs_i) H dy_i),   dS_ij = (dy_i . x_j) exp(cs_i - cs_j) dt_j
-  dcs += exp(cs) (C H . dy)
+  da_m += sum_(i >= m) exp(cs_i) (C_i H . dy_i)
 
   dB_j = sum_h (sum_i dS_ij C_i + exp(cs_last - cs_j) dt_j G x_j)
-  dcs_last += exp(cs_last) (G . H)
+  da_m += exp(cs_last) (G . H)
 
-The rows and columns of Z cancel in dcs, so both sums are of the same float32 numbers. B and C being shared by the
+a being the log decays, whose gradient is a sum of what reaches over a token, see `decay`. B and C being shared by the
 heads of a group, B C^T is multiplied out once and dS summed over the heads first. No accumulator of a dot is transposed
 into another: what is needed both ways is multiplied out both ways.
 """
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from lmscale.kernels.ssd import decay
 from lmscale.kernels.ssd.triton import tiles
 from lmscale.kernels.ssd.triton.tiles import Plan
 
@@ -38,7 +39,7 @@ PROGRAMS = 264  # two for every multiprocessor of an H200: with fewer, the heads
 SIDES = 3  # dx, dC and dB
 
 
-def walk(plan: Plan, cs, C, dy, end, document, *, left: bool) -> dict[str, jax.Array]:
+def walk(plan: Plan, sums, C, dy, end, document, *, left: bool) -> dict[str, jax.Array]:
   """Walks every segment backwards from `end` [b, segments, h, n, p], the cotangent of its end state.
 
   The other arguments are as in the forward walk; dy is as x. Returns 'start' [b, segments, h, n, p], the cotangents
@@ -47,7 +48,7 @@ def walk(plan: Plan, cs, C, dy, end, document, *, left: bool) -> dict[str, jax.A
   b, _, h, p = dy.shape
   g, n = C.shape[2:]
   specs = tiles.head_specs(plan, h // g, n, p)
-  inputs = {'cs': cs, 'C': C, 'dy': dy, 'end': end, 'document': document}
+  inputs = {'high': sums[0], 'low': sums[1], 'C': C, 'dy': dy, 'end': end, 'document': document}
   outputs = {'start': jax.ShapeDtypeStruct(end.shape, end.dtype)}
   if left:
     outputs['left'] = jax.ShapeDtypeStruct((b, plan.chunks, h, n, p), dy.dtype)
@@ -66,7 +67,7 @@ def _walk(plan, n, p, inputs, outputs):
     number = (segment + 1) * plan.per_segment - 1 - i
     start = number * plan.q
     dy, C = tiles.load_rows(inputs['dy'], start, plan, p), tiles.load_rows(inputs['C'], start, plan, n)
-    decay = tiles.load_decay(inputs['cs'], inputs.get('document'), start, plan)
+    decay = tiles.load_decay(inputs, start, plan)
     if 'left' in outputs:
       tiles.store_state(outputs['left'], G, number, n, p)
     weighted = (decay.from_state()[:, None] * dy).astype(dy.dtype)
@@ -76,8 +77,8 @@ def _walk(plan, n, p, inputs, outputs):
   tiles.store_state(outputs['start'], G, segment, n, p)
 
 
-def gradients(plan: Plan, x, dt, cs, B, C, D, states, left, dy, document) -> dict[str, jax.Array]:
-  """'dx', 'ddt', 'dcs' (of the natural logarithm), 'dB', 'dC' and, with D, 'dD' [h, p].
+def gradients(plan: Plan, x, dt, sums, B, C, D, states, left, dy, document) -> dict[str, jax.Array]:
+  """'dx', 'ddt', 'da' [b, padded l, h] (of the natural log decays), 'dB', 'dC' and, with D, 'dD' [h, p].
 
   `states` [b, chunks, h, n, p] entered the chunks, `left` is that of `walk`; the rest is as in the forward walk.
   """
@@ -85,11 +86,11 @@ def gradients(plan: Plan, x, dt, cs, B, C, D, states, left, dy, document) -> dic
   g, n = B.shape[2:]
   parts = _parts(h // g, SIDES * b * g * plan.chunks)
   heads = h // g // parts
-  inputs = {'x': x, 'dt': dt, 'cs': cs, 'B': B, 'C': C, 'D': D, 'states': states, 'left': left, 'dy': dy,
-            'document': document}  # fmt: skip
+  inputs = {'x': x, 'dt': dt, 'high': sums[0], 'low': sums[1], 'B': B, 'C': C, 'D': D, 'states': states, 'left': left,
+            'dy': dy, 'document': document}  # fmt: skip
   outputs = {'dx': jax.ShapeDtypeStruct(x.shape, x.dtype)}
-  outputs['ddt'] = outputs['dcs'] = outputs['dcs_H'] = jax.ShapeDtypeStruct(dt.shape, dt.dtype)
-  outputs['dcs_last'] = jax.ShapeDtypeStruct((b, h, plan.chunks), dt.dtype)
+  outputs['ddt'] = outputs['within'] = outputs['arrives'] = outputs['leaves'] = jax.ShapeDtypeStruct(dt.shape, dt.dtype)
+  outputs['through'] = jax.ShapeDtypeStruct((b, h, plan.chunks), dt.dtype)
   if D is not None:
     outputs['dD'] = jax.ShapeDtypeStruct((b, plan.chunks, h, p), dt.dtype)
   if parts > 1 and not plan.deterministic:
@@ -103,11 +104,14 @@ def gradients(plan: Plan, x, dt, cs, B, C, D, states, left, dy, document) -> dic
     _chunk(plan, n, p, heads, inputs, outputs, bool(added))
 
   grid = SIDES * parts, plan.chunks, b * g
-  # As many stages as let two programs share a multiprocessor's 227 KB; a third saves a few registers.
-  stages = 3 if document is None else 2
-  out = tiles.call(ssd_backward_chunk, plan, grid, inputs, outputs, specs, warps=4, stages=stages, added=added)
-  dcs = (out['dcs'] + out['dcs_H']).reshape(b, h, plan.chunks, plan.q).at[..., -1].add(out['dcs_last'])
-  gradients = {'dx': out['dx'], 'ddt': out['ddt'], 'dcs': dcs.reshape(cs.shape)}
+  # Two programs share a multiprocessor's 227 KB: with three stages they would not.
+  out = tiles.call(ssd_backward_chunk, plan, grid, inputs, outputs, specs, warps=4, stages=2, added=added)
+  arrives = out['arrives'].reshape(b, h, plan.chunks, plan.q).at[..., -1].add(out['through'])
+  within, leaves, arrives = (
+    jnp.moveaxis(m.reshape(arrives.shape), 1, 3) for m in (out['within'], out['leaves'], arrives)
+  )
+  da = (within + decay.gradient(arrives, leaves)).reshape(b, plan.padded, h)
+  gradients = {'dx': out['dx'], 'ddt': out['ddt'], 'da': da}
   gradients |= {name: out[name].sum(axis=0)[:, :l, :, :n].astype(B.dtype) for name in ('dB', 'dC')}
   return gradients | {'dD': None if D is None else out['dD'].sum(axis=(0, 1))}
 
@@ -122,13 +126,14 @@ def _chunk(plan, n, p, heads, inputs, outputs, add):
   number = tiles.program(1)
   start = number * plan.q
   acc, dtype = inputs['dt'].dtype, inputs['x'].dtype
+  narrow = jnp.bfloat16 if dtype.itemsize == 2 else dtype  # float16 would lose the strong decays
   dot = functools.partial(tiles.dot, plan=plan, acc=acc)
 
   def load(r):
     """x, dy, dt and the decay of head r."""
     x, dy = (tiles.load_rows(inputs[name], start, plan, p, head=r) for name in ('x', 'dy'))
     dt = tiles.load_vector(inputs['dt'], start, plan, head=r)
-    return x, dy, dt, tiles.load_decay(inputs['cs'], inputs.get('document'), start, plan, head=r)
+    return x, dy, dt, tiles.load_decay(inputs, start, plan, head=r)
 
   def load_group(name):
     return tiles.load_rows(inputs[name], start, plan, n)
@@ -155,23 +160,24 @@ def _chunk(plan, n, p, heads, inputs, outputs, add):
   def dx_side():
     B = load_group('B')
     scores = dot(B, load_group('C'), trans_b=True)
+    row, column = (lax.broadcasted_iota(jnp.int32, (plan.q, plan.q), axis) for axis in (0, 1))
+    earlier, later = row < column, (row >= column).astype(narrow)
 
     def head(r, carry):
       x, dy, dt, decay = load(r)
       K = scores * decay.between(later_axis=1)
       Z = K * dot(x, dy, trans_b=True)
+      over = dt[:, None] * dot(Z.astype(narrow), later)  # [j, m]: over i >= m
+      tiles.store_vector(outputs['within'], jnp.sum(jnp.where(earlier, over, 0), axis=0), start, plan, head=r)
       from_G = decay.to_end()[:, None] * dot(B, load_state('left', r))
       u = jnp.sum(from_G * x.astype(acc), axis=1)
-      ddt = jnp.sum(Z, axis=1) + u
-      dcs = jnp.sum(dt[:, None] * Z, axis=0) - dt * ddt
-      dcs += jnp.where(lax.iota(jnp.int32, plan.q) == plan.q - 1, jnp.sum(dt * u), 0)
       dx = dt[:, None] * (dot(K.astype(dtype), dy) + from_G)
       if 'D' in inputs:
         dx += tiles.load_row(inputs['D'], p, head=r) * dy.astype(acc)
         tiles.store_row(outputs['dD'], jnp.sum(x.astype(acc) * dy.astype(acc), axis=0), (number, r), p)
       tiles.store_rows(outputs['dx'], dx, start, plan, p, head=r)
-      tiles.store_vector(outputs['ddt'], ddt, start, plan, head=r)
-      tiles.store_vector(outputs['dcs'], dcs, start, plan, head=r)
+      tiles.store_vector(outputs['ddt'], jnp.sum(Z, axis=1) + u, start, plan, head=r)
+      tiles.store_vector(outputs['leaves'], dt * u, start, plan, head=r)
       return carry
 
     jax.lax.fori_loop(0, heads, head, 0)
@@ -183,7 +189,7 @@ def _chunk(plan, n, p, heads, inputs, outputs, add):
       x, dy, dt, decay = load(r)
       H, from_state = load_state('states', r), decay.from_state()
       from_H = from_state * jnp.sum(dot(C, H) * dy.astype(acc), axis=1)
-      tiles.store_vector(outputs['dcs_H'], from_H, start, plan, head=r)
+      tiles.store_vector(outputs['arrives'], from_H, start, plan, head=r)
       dS = dot(dy, x, trans_b=True) * decay.between(later_axis=0) * dt[None, :]
       return dS, dot((from_state[:, None] * dy).astype(dtype), H, trans_b=True)
 
@@ -194,7 +200,7 @@ def _chunk(plan, n, p, heads, inputs, outputs, add):
     def head(r):
       x, dy, dt, decay = load(r)
       H, G = load_state('states', r), load_state('left', r)
-      tiles.store_scalar(outputs['dcs_last'], decay.through() * jnp.sum(G.astype(acc) * H.astype(acc)), (r, number))
+      tiles.store_scalar(outputs['through'], decay.through() * jnp.sum(G.astype(acc) * H.astype(acc)), (r, number))
       dS = dot(x, dy, trans_b=True) * decay.between(later_axis=1) * dt[:, None]
       return dS, dot(((decay.to_end() * dt)[:, None] * x).astype(dtype), G, trans_b=True)
 

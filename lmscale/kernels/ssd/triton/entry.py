@@ -1,6 +1,6 @@
 """SSD on NVIDIA GPUs: Pallas kernels lowered through Triton. This file is the entry, the layout and the derivative.
 
-Around the kernels, XLA pads the small arrays (dt, its cumulative decay, document) to whole chunks and puts them
+Around the kernels, XLA pads the small arrays (dt, the sums of the log decays, document) to whole chunks and puts them
 head-major; x, B, C and y are read and written where they are. A head whose state is too large for the registers of a
 program becomes two or more, each with a part of head_dim: heads of one group, so the kernels need not know.
 
@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lmscale.kernels.ssd.decay import chunk_decay
+from lmscale.kernels.ssd import decay
 
 try:
   from lmscale.kernels.ssd.triton import backward, forward, tiles
@@ -61,13 +61,12 @@ def ssd_pallas_triton(
   dt = jnp.pad(dt, ((0, 0), (0, plan.padded - l), (0, 0)))
   if document is not None:
     document = jnp.pad(document, ((0, 0), (0, plan.padded - l)), mode='edge')
-  cs = chunk_decay(dt, A, document, chunk)
-  dt, cs = (jnp.repeat(jnp.swapaxes(m, 1, 2), parts, axis=1) for m in (dt, cs))
+  dt, a = (jnp.repeat(m, parts, axis=2) for m in (dt, decay.log_decay(dt, A)))
   if D is not None:
     D = jnp.broadcast_to(D if D.ndim == 2 else D[:, None], (h, p)).reshape(h * parts, p // parts)
   x = x.reshape(b, l, h * parts, p // parts)
   state = jnp.swapaxes(state.reshape(b, h * parts, p // parts, n), 2, 3)
-  y, state = _ssd(plan, x, dt, cs, B, C, D, state, document)
+  y, state = _ssd(plan, x, jnp.swapaxes(dt, 1, 2), a, B, C, D, state, document)
   return y.reshape(b, l, h, p), jnp.swapaxes(state, 2, 3).reshape(b, h, p, n)
 
 
@@ -93,43 +92,52 @@ def _plan(length, q, segments, save_every, deterministic, interpret):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ssd(plan, x, dt, cs, B, C, D, state, document):
-  """The kernels. x [b, l, h, p]; dt, cs [b, h, padded l]; B, C [b, l, g, n]; D [h, p]; state [b, h, n, p]."""
-  out, _ = _run(plan, x, dt, cs, B, C, D, state, document)
+def _ssd(plan, x, dt, a, B, C, D, state, document):
+  """The kernels. x [b, l, h, p]; dt [b, h, padded l]; a [b, padded l, h], the log decays; B, C [b, l, g, n]; D [h, p];
+  state [b, h, n, p]."""
+  out, _ = _run(plan, x, dt, a, B, C, D, state, document)
   return out['y'], out['end'][:, -1]
 
 
-def _run(plan, x, dt, cs, B, C, D, state, document, saved=None):
-  cs = cs * tiles.LOG2E
+def _sums(plan, a, document):
+  """(high, low) of `decay.running` to base 2, [b, h, padded l]."""
+  b, padded, h = a.shape
+  chunks = (b, padded // plan.q, plan.q)
+  sums = decay.running((a * decay.LOG2E).reshape(*chunks, h), None if document is None else document.reshape(chunks))
+  return tuple(jnp.swapaxes(m.reshape(a.shape), 1, 2) for m in sums)
+
+
+def _run(plan, x, dt, a, B, C, D, state, document, saved=None):
+  sums = _sums(plan, a, document)
   start = state[:, None]
   if plan.segments > 1:
     zero = jnp.zeros((state.shape[0], plan.segments, *state.shape[1:]), state.dtype)
-    end = forward.walk(plan, x, dt, cs, B, C, None, zero, document, end=True)['end']
-    start = _carry(state, end, _through(plan, cs, document))
-  return forward.walk(plan, x, dt, cs, B, C, D, start, document, y=True, end=True, saved=saved), cs
+    end = forward.walk(plan, x, dt, sums, B, C, None, zero, document, end=True)['end']
+    start = _carry(state, end, _through(plan, sums, document))
+  return forward.walk(plan, x, dt, sums, B, C, D, start, document, y=True, end=True, saved=saved), sums
 
 
-def _ssd_forward(plan, x, dt, cs, B, C, D, state, document):
+def _ssd_forward(plan, x, dt, a, B, C, D, state, document):
   # States in x.dtype: the dots read them so in any case, and bfloat16 gradients were no better from float32 states.
-  out, cs = _run(plan, x, dt, cs, B, C, D, state, document, saved=x.dtype)
-  return (out['y'], out['end'][:, -1]), (x, dt, cs, B, C, D, out['saved'], document)
+  out, sums = _run(plan, x, dt, a, B, C, D, state, document, saved=x.dtype)
+  return (out['y'], out['end'][:, -1]), (x, dt, sums, B, C, D, out['saved'], document)
 
 
 def _ssd_backward(plan, residuals, cotangents):
-  x, dt, cs, B, C, D, states, document = residuals
+  x, dt, sums, B, C, D, states, document = residuals
   dy, dstate = cotangents
   if plan.save_every > 1:
     inner = dataclasses.replace(
       plan, segments=plan.chunks // plan.save_every, per_segment=plan.save_every, save_every=1)  # fmt: skip
-    states = forward.walk(inner, x, dt, cs, B, None, None, states, document, saved=states.dtype)['saved']
+    states = forward.walk(inner, x, dt, sums, B, None, None, states, document, saved=states.dtype)['saved']
   end = dstate[:, None]
   if plan.segments > 1:
     zero = jnp.zeros((dstate.shape[0], plan.segments, *dstate.shape[1:]), dstate.dtype)
-    start = backward.walk(plan, cs, C, dy, zero, document, left=False)['start']
-    end = _carry(dstate, start[:, ::-1], _through(plan, cs, document)[:, ::-1])[:, ::-1]
-  walked = backward.walk(plan, cs, C, dy, end, document, left=True)
-  out = backward.gradients(plan, x, dt, cs, B, C, D, states, walked['left'], dy, document)
-  return *(out[name] for name in ('dx', 'ddt', 'dcs', 'dB', 'dC', 'dD')), walked['start'][:, 0], None
+    start = backward.walk(plan, sums, C, dy, zero, document, left=False)['start']
+    end = _carry(dstate, start[:, ::-1], _through(plan, sums, document)[:, ::-1])[:, ::-1]
+  walked = backward.walk(plan, sums, C, dy, end, document, left=True)
+  out = backward.gradients(plan, x, dt, sums, B, C, D, states, walked['left'], dy, document)
+  return *(out[name] for name in ('dx', 'ddt', 'da', 'dB', 'dC', 'dD')), walked['start'][:, 0], None
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
@@ -146,10 +154,10 @@ def _carry(first, added, through):
   return jnp.moveaxis(states, 0, 1)
 
 
-def _through(plan, cs, document):
+def _through(plan, sums, document):
   """[b, segments, h]: the decay of a state through each segment, 0 where its document ends within."""
-  b, h, _ = cs.shape
-  total = cs[..., plan.q - 1 :: plan.q].reshape(b, h, plan.segments, plan.per_segment).sum(-1)
+  b, h, _ = sums[0].shape
+  total = sum(m[..., plan.q - 1 :: plan.q] for m in sums).reshape(b, h, plan.segments, plan.per_segment).sum(-1)
   through = jnp.exp2(jnp.swapaxes(total, 1, 2))
   if document is None:
     return through

@@ -1,8 +1,8 @@
 """The forward walk of the Triton SSD kernel: one pass over memory with the state on chip.
 
 A program takes one segment of the sequence for one head and walks its chunks; neighbouring programs are heads of one
-group, so B and C come from memory once per group and from the L2 cache after that. With cs the cumulative log decay
-within a chunk, and H [n, p] the (transposed) state that enters it,
+group, so B and C come from memory once per group and from the L2 cache after that. With cs the running sum of the log
+decays within a chunk (in two parts, see `decay`), and H [n, p] the (transposed) state that enters it,
 
   M_ij = (C_i . B_j) exp(cs_i - cs_j) dt_j     for i >= j
   y    = M x + exp(cs) (C H) + D x
@@ -19,11 +19,12 @@ from lmscale.kernels.ssd.triton import tiles
 from lmscale.kernels.ssd.triton.tiles import Plan
 
 
-def walk(plan: Plan, x, dt, cs, B, C, D, start, document, *, y=False, end=False, saved=None) -> dict[str, jax.Array]:
+def walk(plan: Plan, x, dt, sums, B, C, D, start, document, *, y=False, end=False, saved=None) -> dict[str, jax.Array]:
   """Walks every segment from its own start state.
 
   Args:
-    x: [b, l, h, p]. dt, cs: [b, h, padded l], cs in base 2. B, C: [b, l, g, n]. D: [h, p] or None.
+    x: [b, l, h, p]. dt and sums, the pair (high, low) of `decay.running` in base 2: [b, h, padded l].
+    B, C: [b, l, g, n]. D: [h, p] or None.
     start: [b, segments, h, n, p]. document: [b, padded l] or None.
     y, end, saved: what is wanted; saved is the dtype of the states to keep, None for none.
 
@@ -34,8 +35,8 @@ def walk(plan: Plan, x, dt, cs, B, C, D, start, document, *, y=False, end=False,
   b, _, h, p = x.shape
   g, n = B.shape[2:]
   specs = tiles.head_specs(plan, h // g, n, p)
-  inputs = {'x': x, 'dt': dt, 'cs': cs, 'B': B, 'C': C if y else None, 'D': D if y else None, 'start': start,
-            'document': document}  # fmt: skip
+  inputs = {'x': x, 'dt': dt, 'high': sums[0], 'low': sums[1], 'B': B, 'C': C if y else None,
+            'D': D if y else None, 'start': start, 'document': document}  # fmt: skip
   outputs = {}
   if y:
     outputs['y'] = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -63,7 +64,7 @@ def _forward(plan, n, p, inputs, outputs):
       tiles.store_state(outputs['saved'], state, number // plan.save_every, n, p, when=number % plan.save_every == 0)
     x, B = tiles.load_rows(inputs['x'], start, plan, p), tiles.load_rows(inputs['B'], start, plan, n)
     dt = tiles.load_vector(inputs['dt'], start, plan)
-    decay = tiles.load_decay(inputs['cs'], inputs.get('document'), start, plan)
+    decay = tiles.load_decay(inputs, start, plan)
     # This order, and that of the terms of y, spill the fewest registers.
     weighted = ((decay.to_end() * dt)[:, None] * x).astype(dtype)
     if 'y' in outputs:

@@ -14,8 +14,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-LOG2E = 1.4426950408889634  # decays are carried as base-2 logarithms: exp2 is one instruction, exp two
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -35,7 +33,7 @@ class Plan:
 
   @property
   def padded(self) -> int:
-    """Tokens of dt, cs and document, which are padded; x, B, C and their gradients are masked instead."""
+    """Tokens of dt, the decays and document, which are padded; x, B, C and their gradients are masked instead."""
     return self.chunks * self.q
 
 
@@ -76,8 +74,8 @@ def head_specs(plan: Plan, repeat: int, n: int, p: int) -> dict[str, pl.BlockSpe
     return pl.BlockSpec((None, count, None, N, P), lambda head, segment, row: (row, 0, head, 0, 0))
 
   return {
-    'x': tokens, 'y': tokens, 'dy': tokens, 'B': of_group, 'C': of_group, 'dt': vector, 'cs': vector,
-    'start': states(plan.segments), 'end': states(plan.segments),
+    'x': tokens, 'y': tokens, 'dy': tokens, 'B': of_group, 'C': of_group, 'dt': vector, 'high': vector,
+    'low': vector, 'start': states(plan.segments), 'end': states(plan.segments),
     'left': states(plan.chunks), 'saved': states(plan.chunks // plan.save_every),
     'D': pl.BlockSpec((None, P), lambda head, segment, row: (head, 0)),
     'document': pl.BlockSpec((None, plan.padded), lambda head, segment, row: (row, 0)),
@@ -105,8 +103,9 @@ def group_specs(
   states = spec((None, plan.chunks, heads, N, P), lambda row, group, first, part: (row, 0, first, 0, 0))
   return {
     'x': tokens, 'dx': tokens, 'dy': tokens, 'B': of_group, 'C': of_group, 'dB': of_part, 'dC': of_part,
-    'dt': vector, 'cs': vector, 'ddt': vector, 'dcs': vector, 'dcs_H': vector, 'states': states, 'left': states,
-    'dcs_last': spec((None, heads, plan.chunks), lambda row, group, first, part: (row, first, 0)),
+    'dt': vector, 'high': vector, 'low': vector, 'ddt': vector, 'within': vector, 'arrives': vector,
+    'leaves': vector, 'states': states, 'left': states,
+    'through': spec((None, heads, plan.chunks), lambda row, group, first, part: (row, first, 0)),
     'D': spec((heads, P), lambda row, group, first, part: (first, 0)),
     'dD': spec((None, plan.chunks, heads, P), lambda row, group, first, part: (row, 0, first, 0)),
     'document': spec((None, plan.padded), lambda row, group, first, part: (row, 0)),
@@ -216,14 +215,16 @@ def dot(a, b, plan: Plan, acc, *, trans_a: bool = False, trans_b: bool = False) 
 
 @dataclasses.dataclass(frozen=True)
 class Decay:
-  """The decays of one chunk and head, every exponent at most 0 and masked before exp2.
+  """The decays of one chunk and head, masked before exp2: base-2 logarithms, as exp2 is one instruction and exp two.
 
-  cs [q] is the cumulative log2 decay within chunk and document; total its last value. With documents (else None):
+  high, low [q] are from `decay.running`; high_last and low_last their last values. With documents (else None):
   doc [q], entering (the document of the token before the chunk, 0 before the first) and last (of its last token).
   """
 
-  cs: jax.Array
-  total: jax.Array
+  high: jax.Array
+  low: jax.Array
+  high_last: jax.Array
+  low_last: jax.Array
   doc: jax.Array | None = None
   entering: jax.Array | None = None
   last: jax.Array | None = None
@@ -231,36 +232,39 @@ class Decay:
   def between(self, later_axis: int) -> jax.Array:
     """[q, q]: the decay from the earlier to the later token of a pair, 0 where it does not reach or they are swapped.
     The later tokens are the rows (later_axis 0) or the columns (1)."""
-    q = self.cs.shape[0]
+    q = self.high.shape[0]
     earlier_axis = 1 - later_axis
     later, earlier = (lax.broadcasted_iota(jnp.int32, (q, q), axis) for axis in (later_axis, earlier_axis))
     mask = later >= earlier
     if self.doc is not None:
       mask &= self.doc[:, None] == self.doc[None, :]
-    difference = self.cs[:, None] - self.cs[None, :]
+    difference = (self.high[:, None] - self.high[None, :]) + (self.low[:, None] - self.low[None, :])
     return _masked_exp2(difference if later_axis == 0 else -difference, mask)
 
   def from_state(self) -> jax.Array:
     """[q]: from the state that enters to each token."""
-    return _masked_exp2(self.cs, None if self.doc is None else self.doc == self.entering)
+    return _masked_exp2(self.high + self.low, None if self.doc is None else self.doc == self.entering)
 
   def to_end(self) -> jax.Array:
     """[q]: from each token to the state that leaves."""
-    return _masked_exp2(self.total - self.cs, None if self.doc is None else self.doc == self.last)
+    exponent = (self.high_last - self.high) + (self.low_last - self.low)
+    return _masked_exp2(exponent, None if self.doc is None else self.doc == self.last)
 
   def through(self) -> jax.Array:
     """Scalar: from the state that enters to the one that leaves."""
-    return _masked_exp2(self.total, None if self.doc is None else self.entering == self.last)
+    return _masked_exp2(self.high_last + self.low_last, None if self.doc is None else self.entering == self.last)
 
 
-def load_decay(cs_ref, doc_ref, start, plan: Plan, head=None) -> Decay:
-  """The decays of the chunk at token `start`; doc_ref None means one document."""
+def load_decay(inputs, start, plan: Plan, head=None) -> Decay:
+  """The decays of the chunk at token `start`, from the blocks 'high', 'low' and, if there are documents, 'document'."""
   last = start + plan.q - 1
-  cs, total = load_vector(cs_ref, start, plan, head), pltriton.load(cs_ref.at[last if head is None else (head, last)])
+  refs, doc_ref = (inputs['high'], inputs['low']), inputs.get('document')
+  sums = [load_vector(ref, start, plan, head) for ref in refs]
+  sums += [pltriton.load(ref.at[last if head is None else (head, last)]) for ref in refs]
   if doc_ref is None:
-    return Decay(cs, total)
+    return Decay(*sums)
   entering = jnp.where(start == 0, 0, pltriton.load(doc_ref.at[jnp.maximum(start - 1, 0)]))
-  return Decay(cs, total, load_vector(doc_ref, start, plan), entering, pltriton.load(doc_ref.at[last]))
+  return Decay(*sums, load_vector(doc_ref, start, plan), entering, pltriton.load(doc_ref.at[last]))
 
 
 def _masked_exp2(exponent, mask):
