@@ -2,11 +2,12 @@
 
   python run.py --config=configs/own_text.py:my.txt
 
-After the colon: a file, a folder (its *.txt) or a glob in quotes; *.jsonl is read as JSON lines. Reproduces nothing published, all values are ours:
-the quickstart's hybrid of 1.25 M parameters, byte by byte, on the devices that JAX finds. 1.2 M tokens, which is about one
-pass over a text of a megabyte; the last 5 % of it are held out. The run is kept in runs/NAME, NAME being the file's.
-Expected: some minutes on a laptop, a validation loss below 2 nats per byte for English prose, and samples that look like the
-text from afar. Longer is better: --config.train.steps=3000.
+After the colon: a file, a folder (its *.txt) or a glob in quotes; *.jsonl is read as JSON lines. Reproduces nothing
+published, all values are ours: the quickstart's hybrid of 1.25 M parameters, byte by byte, on the devices that JAX
+finds. 1.2 M tokens, which is about one pass over a text of a megabyte; its last 5 % are held out. The run is kept in
+runs/NAME, NAME being the file's. Expected: some minutes on a laptop, a validation loss below 2 nats per byte for English
+prose (docs/data.md shows one), and samples that look like the text from afar. Longer is better:
+--config.train.steps=3000.
 """
 
 import pathlib
@@ -20,7 +21,8 @@ from lmscale import config as config_lib
 def get_config(path: str = '') -> ml_collections.ConfigDict:
   """The recipe for the text in `path`. Every value is ours."""
   if not path:
-    raise config_lib.ConfigError('configs/own_text.py: which text? Write its path after a colon: --config=configs/own_text.py:my.txt')
+    example = '--config=configs/own_text.py:my.txt'
+    raise config_lib.ConfigError(f'configs/own_text.py: which text? Write its path after a colon: {example}')
   config = config_lib.to_config_dict(config_lib.Config())
   config.name = name_of(path)
 
@@ -53,4 +55,4 @@ def name_of(path: str) -> str:
 
 def kind_of(path: str) -> str:
   """How a file of this name is read."""
-  return 'jsonl' if '.jsonl' in pathlib.PurePath(path).suffixes or path.endswith('.jsonl') else 'text'
+  return 'jsonl' if '.jsonl' in pathlib.PurePath(path).suffixes else 'text'
