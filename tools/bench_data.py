@@ -23,8 +23,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lmscale import config as config_lib
+from lmscale.batch import ROWS
 from lmscale.data import file_digest
-from lmscale.data.loader import KEYS, Loader
+from lmscale.data.loader import Loader
 from lmscale.data.sources import megatron, tfds_source
 
 BYTES_VOCABULARY = 257
@@ -73,7 +74,7 @@ def open_loader(source: config_lib.SourceConfig, seq_len: int, cache: pathlib.Pa
 
 def plain(tokens: np.ndarray, seq_len: int, rows: int) -> Callable[[int], None]:
   """Copies windows at random places into the arrays of a batch: what no loader can beat."""
-  out = {key: np.empty((rows, seq_len), np.int32) for key in KEYS}
+  out = {key: np.empty((rows, seq_len), np.int32) for key in ROWS}
   starts = np.random.default_rng(0).integers(0, len(tokens) - seq_len, 1 << 16)
 
   def batch(first: int) -> None:
