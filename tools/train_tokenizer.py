@@ -19,9 +19,9 @@ import tqdm
 from lmscale import config as config_lib
 from lmscale.data import atomic_folder
 from lmscale.data.optional_packages import need
-from lmscale.data.pretrained import open_tokenizer
 from lmscale.data.reading_notes import Notes
 from lmscale.data.sources import opening
+from lmscale.data.tokenizer_files import open_tokenizer
 from lmscale.errors import ConfigError
 
 END = '<|endoftext|>'

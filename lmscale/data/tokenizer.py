@@ -1,6 +1,6 @@
 """Tokenizers: text to ids and back.
 
-`bytes` needs no file; `pretrained.py` reads Hugging Face's tokenizer.json and SentencePiece's .model. All have the same
+`bytes` needs no file; `tokenizer_files.py` reads Hugging Face's tokenizer.json and SentencePiece's .model. All have the same
 interface, and an `identity` that names everything the ids of a text depend on.
 """
 
@@ -80,8 +80,8 @@ def get_tokenizer(name: str, end: str = '') -> Tokenizer:
       raise ConfigError(f'data.end_token: {end!r}, but data.tokenizer is bytes, which ends documents with an id of its own; '
                         'leave data.end_token empty')
     return ByteTokenizer()
-  from lmscale.data import pretrained
-  return pretrained.open_tokenizer(name, end)
+  from lmscale.data import tokenizer_files
+  return tokenizer_files.open_tokenizer(name, end)
 
 
 def fitting_tokenizer(config: Config) -> Tokenizer:

@@ -11,7 +11,7 @@ import tokenizers
 from made import CORPUS, make_bpe, make_sentencepiece
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from lmscale.data import pretrained
+from lmscale.data import tokenizer_files
 from lmscale.data.tokenizer import get_tokenizer
 from lmscale.errors import ConfigError
 
@@ -225,7 +225,7 @@ def with_specials(path, *names):
   return make_bpe(path, lambda tokenizer: tokenizer.add_special_tokens(list(names)))
 
 
-@pytest.mark.parametrize('end', pretrained.ENDS)
+@pytest.mark.parametrize('end', tokenizer_files.ENDS)
 def test_the_ends_of_published_models_are_found(tmp_path, end):
   raw = json.loads(pathlib.Path(with_specials(tmp_path / 'a.json', '<|begin|>', end)).read_text())
   raw['added_tokens'] = [token for token in raw['added_tokens'] if token['content'] in ('<pad>', '<|begin|>', end)]

@@ -10,7 +10,7 @@ import tokenizers
 from made import CORPUS, make_bpe, make_sentencepiece
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from lmscale.data import pretrained
+from lmscale.data import tokenizer_files
 from lmscale.data.tokenizer import get_tokenizer
 from lmscale.errors import ConfigError
 
@@ -84,8 +84,8 @@ def test_settings_in_the_file_that_would_change_ids_are_switched_off(tmp_path, n
 def test_a_long_text_is_tokenised_in_parts(name, monkeypatch):
   tokenizer = get_tokenizer(name)
   text = ''.join(CORPUS) + 'x' * 300 + ' y' * 200
-  monkeypatch.setattr(pretrained, 'PIECE', 100)
-  parts = list(pretrained.cut(text))
+  monkeypatch.setattr(tokenizer_files, 'PIECE', 100)
+  parts = list(tokenizer_files.cut(text))
   assert ''.join(parts) == text and max(map(len, parts)) <= 100 and parts[0].endswith('\n')
   ids = tokenizer.encode(text)
   assert tokenizer.decode(ids) == text
@@ -147,7 +147,7 @@ def test_a_tokenizer_without_an_end_is_rejected(tmp_path, names):
 
 
 def test_a_missing_package_names_the_extra(monkeypatch, names, tmp_path):
-  pretrained._open.cache_clear()
+  tokenizer_files._open.cache_clear()
   for name, package in zip(names, ('tokenizers', 'sentencepiece'), strict=True):
     monkeypatch.setitem(sys.modules, package, None)
     assert f"needs the package {package}; install it with: pip install -e '.[data]'" in rejected(name)
