@@ -37,13 +37,26 @@ def norm(module: nn.Module, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
   bias = weight(module, 'norm_bias', (d,), ('embed',), constant(0.0), full_precision=True) if centred else 0.0
 
   def normalise(x_BTD: jax.Array, scale: jax.Array, bias: jax.Array | float) -> jax.Array:
-    x = x_BTD.astype(accumulator(x_BTD.dtype))
+    x, eps = tame(x_BTD.astype(accumulator(x_BTD.dtype)), config.norm_eps)
     if centred:
       x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
     return (x * (1.0 + scale if offset else scale) + bias).astype(x_BTD.dtype)
 
   return keep_inputs(normalise)(x_BTD, scale, bias)
+
+
+def tame(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+  """(x, eps) for a norm over the last dim; rows above 2^48 (2^384 in float64) times a power of two, so that squares fit.
+
+  The factor cancels in the norm, to the bit. Beside such rows eps is nothing; a small one keeps equal numbers from 0 / 0.
+  """
+  info = jnp.finfo(x.dtype)
+  most = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True)
+  large = most > 2.0 ** (info.maxexp * 3 // 8)
+  power = jax.lax.reduce_precision(most / 16, info.nexp, 0)
+  small_eps = 2.0 ** (-5 * info.nmant // 2 - 22)
+  return x * jnp.where(large, 1 / power, 1).astype(x.dtype), jnp.where(large, small_eps, eps).astype(x.dtype)
 
 
 def gated_group_norm(
