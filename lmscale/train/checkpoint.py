@@ -107,12 +107,17 @@ class Checkpointer:
       self.wait()
 
   def restore(
-    self, abstract: Any, step: int | None = None, index: Index | None = None, check: Check = lambda step, meta: None
+    self,
+    abstract: Any,
+    step: int | None = None,
+    index: Index | None = None,
+    check: Check = lambda step, meta: None,
+    partial: bool = False,
   ) -> tuple[Any, dict[str, Any]]:
     """(tree, meta) of checkpoint `step`, or of the newest that is whole, on the shardings of `abstract`.
 
     abstract: nested dicts of `jax.ShapeDtypeStruct` with shardings, on any mesh, stacked as `index` says; what is stored may
-    be stacked in another way. A top-level entry that is not asked for is not read. check(step, meta) is called before arrays
+    be stacked in another way. partial: a top-level entry that is not asked for is not read. check(step, meta) is called before arrays
     are read, and may refuse the checkpoint by a ConfigError. Without `step`, a damaged checkpoint
     is passed over with a warning; the next save moves its folder to `<step>.damaged`. Of several processes all must find
     it damaged; where one cannot read its part, that is an error.
@@ -125,7 +130,7 @@ class Checkpointer:
     for candidate in wanted:
       try:
         check(candidate, self.meta(candidate))
-        return self._restore(candidate, abstract, index or {})
+        return self._restore(candidate, abstract, index or {}, partial)
       except DamagedCheckpoint as damage:
         if step is not None:
           raise ConfigError(f'checkpoint {self.folder / str(step)} is damaged: {damage}') from damage
@@ -168,13 +173,13 @@ class Checkpointer:
         f'from there ({_first_line(error)})'
       ) from error
 
-  def _restore(self, step: int, abstract: Any, index: Index) -> tuple[Any, dict[str, Any]]:
+  def _restore(self, step: int, abstract: Any, index: Index, partial: bool) -> tuple[Any, dict[str, Any]]:
     about = self._about(step)
     source = about['index']
     asked = stored.named({name: part for name, part in abstract.items() if name not in ADDED.get(about['format'], ())})
     try:
       tree = self._manager.item_metadata(step).state.tree
-      found = stored.named({name: part for name, part in tree.items() if name in abstract})
+      found = stored.named({name: part for name, part in tree.items() if name in abstract or not partial})
       rows = _rows(found, source)
     except Exception as error:
       raise DamagedCheckpoint(_first_line(error)) from error

@@ -206,7 +206,7 @@ def _with_parameters_of(config: Config, program: Any, data: Any) -> tuple[Any, l
 
   fresh = program.init().replace(params=None)  # let go, so that there are never two copies of the parameters
   with Checkpointer(initial_checkpoints(config.train.init_from), read_only=True) as source:
-    tree, _ = source.restore({'params': program.abstract_stored()['params']}, index=program.index, check=check)
+    tree, _ = source.restore({'params': program.abstract_stored()['params']}, index=program.index, check=check, partial=True)
   return fresh.replace(params=program.params_from_stored(tree['params'])), notes
 
 

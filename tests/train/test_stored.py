@@ -115,7 +115,9 @@ def test_parameters_alone(tmp_path, monkeypatch):
     checkpoints.save(1, filled(*before), {}, wait=True, index=before[1])
     read = []
     monkeypatch.setattr(checkpoints, '_read', lambda step, asked, real=checkpoints._read: read.extend(asked) or real(step, asked))
-    got, _ = checkpoints.restore({'params': after[0]['params']}, index=after[1])
+    got, _ = checkpoints.restore({'params': after[0]['params']}, index=after[1], partial=True)
+    with pytest.raises(ConfigError, match='step is stored but not in the model'):
+      checkpoints.restore({name: part for name, part in after[0].items() if name != 'step'}, index=after[1])
   assert all(path.startswith('params/') for path in read)
   assert_same(got, {'params': filled(*after)['params']})
 
