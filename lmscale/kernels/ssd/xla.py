@@ -39,7 +39,7 @@ from lmscale.kernels.ssd import decay
 
 BLOCK_TOKENS = 256  # what is held at a time of [q, q] matrices and states; a cache's worth on a CPU
 BLOCK_CHUNKS = 8  # their walk is unrolled
-SPAN = 32  # tokens: a part of a chunk in `_over_each`
+SPAN = 16  # tokens: a part of a chunk in `_over_each`
 
 
 def default_chunk() -> int:
