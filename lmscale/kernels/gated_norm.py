@@ -42,7 +42,7 @@ def gated_norm(
     group_sum: `group_sum` of this module, or a function equal to it that knows how the heads are sharded.
 
   Returns:
-    [b, t, h, p] in y.dtype.
+    [b, t, h, p] in y.dtype; NaN in a group whose sum of squares overflows acc.
 
   Raises:
     ValueError: shapes that do not fit, or heads that do not divide into groups.
@@ -97,6 +97,7 @@ def _accumulators(y, z, scale):
 
 
 def _inverse_rms(u, groups, eps, group_sum):
-  """[b, t, h, 1]: 1 / sqrt(mean over the group of u^2 + eps)."""
+  """[b, t, h, 1]: 1 / sqrt(mean over the group of u^2 + eps); NaN where the sum overflows, which would make 0 of it in silence."""
   size = u.shape[2] // groups * u.shape[3]
-  return jax.lax.rsqrt(group_sum(jnp.square(u).sum(-1), groups) / size + eps)[..., None]
+  sums = group_sum(jnp.square(u).sum(-1), groups)
+  return jnp.where(sums < jnp.inf, jax.lax.rsqrt(sums / size + eps), jnp.nan)[..., None]

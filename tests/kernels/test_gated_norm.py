@@ -106,6 +106,18 @@ def test_group_sum_may_come_from_outside(assert_close):
     assert_close(differentiate(other, arguments, 2, True), differentiate(norm, arguments, 2, True), 1e-12)
 
 
+@pytest.mark.parametrize('gate_first', [True, False])
+def test_a_group_whose_squares_overflow_is_no_silent_zero(gate_first):
+  """It is NaN, so that the step is skipped and told; other groups and tokens do not notice."""
+  arguments = make(dtype=np.float32)
+  loud = arguments | {'y': arguments['y'].at[0, 1, 0].set(1e25)} | {'z': arguments['z'].at[0, 1, 0].set(3.0)}
+  out = norm(**loud, groups=2, gate_first=gate_first)
+  assert jnp.isnan(out[0, 1, :2]).all()
+  kept = np.ones(out.shape, bool)
+  kept[0, 1, :2] = False
+  np.testing.assert_array_equal(out[kept], norm(**arguments, groups=2, gate_first=gate_first)[kept])
+
+
 def test_errors_are_one_clear_line():
   arguments = make(dtype=np.float32)
   with pytest.raises(ValueError, match='4 heads do not divide into 3 groups'):
