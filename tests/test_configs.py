@@ -136,9 +136,9 @@ def test_recipe_of_the_study(recipe, batch, rate, tokens):
   assert schedule.total_tokens == pytest.approx(tokens, rel=1e-5)
   assert config.optimizer.warmup_tokens == 122_000 * 4096
   warm = 122_000 // batch
-  assert schedule.plan(warm).learning_rate == pytest.approx(rate, rel=1e-5)
-  assert schedule.plan(warm // 2).learning_rate == pytest.approx(rate / 2, rel=0.01)
-  assert schedule.plan(config.train.steps - 1).learning_rate == pytest.approx(rate / 10, rel=1e-6)
+  assert schedule.inputs(warm).learning_rate == pytest.approx(rate, rel=1e-5)
+  assert schedule.inputs(warm // 2).learning_rate == pytest.approx(rate / 2, rel=0.01)
+  assert schedule.inputs(config.train.steps - 1).learning_rate == pytest.approx(rate / 10, rel=1e-6)
   o = config.optimizer
   assert (o.beta1, o.beta2, o.weight_decay, o.clip) == (0.9, 0.95, 0.1, 1.0)
   assert config.train.compute_dtype == 'bfloat16'
@@ -169,9 +169,9 @@ def test_mtnlg_recipe():
   config = load('megatron_gpt.py:size=mtnlg')
   schedule = Schedule(config)
   assert schedule.total_tokens == pytest.approx(270e9, rel=1e-4)
-  assert schedule.plan(0).batch == 32
+  assert schedule.inputs(0).batch == 32
   steps = range(0, 30_000, 50)
-  plans = [schedule.plan(step) for step in steps]
+  plans = [schedule.inputs(step) for step in steps]
   assert {plan.batch % 32 for plan in plans} == {0}
   before = [plan for plan in plans if plan.tokens < 11.9e9]
   after = [plan for plan in plans if plan.tokens > 12.1e9]
@@ -181,7 +181,7 @@ def test_mtnlg_recipe():
   assert config.optimizer.min_learning_rate == pytest.approx(5e-6)
   assert config.optimizer.decay_tokens == 340_000_000_000
   assert config.optimizer.warmup_tokens == 1_000_000_000
-  last = schedule.plan(config.train.steps - 1).learning_rate
+  last = schedule.inputs(config.train.steps - 1).learning_rate
   assert last == pytest.approx(5e-6 + 4.5e-5 * (1 + math.cos(math.pi * 269 / 339)) / 2, rel=1e-3)
   assert config.model.init_std == pytest.approx(0.00403, abs=1e-5)
   assert config.optimizer.beta2 == 0.95

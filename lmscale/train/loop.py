@@ -33,7 +33,7 @@ from lmscale.train.checkpoint import Checkpointer
 from lmscale.train.console import Console, printable, quantity
 from lmscale.train.goodput import Goodput
 from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
-from lmscale.train.schedule import Schedule, StepPlan
+from lmscale.train.schedule import Schedule, StepInputs
 from lmscale.train.spikes import TIMES
 from lmscale.train.workdir import Workdir
 
@@ -131,15 +131,15 @@ class Run:
     unread, going_on = None, True
     self.console.say('compiling the step')
     batches = _batches(self.program, self.loader, self.schedule, start)
-    for plan, batch in self.goodput.waiting(batches):
+    for inputs, batch in self.goodput.waiting(batches):
       state, metrics = self.program.step(state, batch)
       interrupt.begin()
       if unread:
         going_on = self.log(*unread)
       if not going_on:
         return DIVERGED
-      unread = plan, metrics
-      done = plan.step + 1
+      unread = inputs, metrics
+      done = inputs.step + 1
       stop = processes.stop_after(done, interrupt.requested)
       due = stop or done == self.schedule.steps or any(self.due(every, done) for every in self.intervals)
       if not due and not metrics['loss'].is_ready():
@@ -153,7 +153,7 @@ class Run:
       if self.due(self.config.loop.sample_every, done):
         self.sample(state, done)
       if self.config.loop.checkpoint_every and (stop or self.due(self.config.loop.checkpoint_every, done)):
-        self.save(state, plan, wait=stop)
+        self.save(state, inputs, wait=stop)
       if stop and done < self.schedule.steps:
         return self.stopped(done)
       self.clock.restart()
@@ -169,18 +169,18 @@ class Run:
     """Whether something done `every` steps (0: never) and at the end is due after `done` steps."""
     return bool(every) and (done % every == 0 or done == self.schedule.steps)
 
-  def log(self, plan: StepPlan, metrics: dict[str, jax.Array], evaluated: Any = None) -> bool:
+  def log(self, inputs: StepInputs, metrics: dict[str, jax.Array], evaluated: Any = None) -> bool:
     """Reads and writes a step's metrics, with the validation loss of state `evaluated`; False if the run must stop."""
     values = jax.device_get(metrics)
-    tokens = plan.batch * self.config.train.seq_len
+    tokens = inputs.batch * self.config.train.seq_len
     self.clock.add(tokens)
-    done, ok = plan.step + 1, bool(values['ok'])
+    done, ok = inputs.step + 1, bool(values['ok'])
     learned = bool(values['tokens'])  # otherwise loss and norm are sums of nothing
     loss, norm = (float(values[name]) if learned else math.nan for name in ('loss', 'grad_norm'))
-    line = {'step': done, 'tokens': plan.tokens + tokens, 'loss': loss, 'grad_norm': norm, 'learning_rate': plan.learning_rate}
+    line = {'step': done, 'tokens': inputs.tokens + tokens, 'loss': loss, 'grad_norm': norm, 'learning_rate': inputs.learning_rate}
     left = self.schedule.total_tokens - line['tokens']
     self.console.step(done, line, self.clock.rate, left / self.clock.rate if self.clock.rate else None)
-    within_budget = self.judge(plan, line, values) if learned else self.pass_over(plan, line)
+    within_budget = self.judge(inputs, line, values) if learned else self.pass_over(inputs, line)
     if evaluated is not None and within_budget:
       with self.goodput.spent_on('evaluation'):
         line |= self.evaluate(evaluated, done)
@@ -189,11 +189,11 @@ class Run:
       self.writer.write({**line, 'seconds': {kind: round(s, 3) for kind, s in self.goodput.seconds().items()}})
     return within_budget
 
-  def judge(self, plan: StepPlan, line: dict[str, Any], values: dict[str, Any]) -> bool:
+  def judge(self, inputs: StepInputs, line: dict[str, Any], values: dict[str, Any]) -> bool:
     """Reports a step that was skipped, in `line` too, or that is a spike; False once a budget of skipped steps is used up."""
     norm, usual = line['grad_norm'], float(values['usual_norm'])
-    samples = f'its samples are {plan.first_sample}..{plan.first_sample + plan.batch - 1}'
-    spike = f'step {plan.step + 1}: gradient norm {norm:.3g} is {norm / usual if usual else 0:.3g} times the median of the steps before'
+    samples = f'its samples are {inputs.first_sample}..{inputs.first_sample + inputs.batch - 1}'
+    spike = f'step {inputs.step + 1}: gradient norm {norm:.3g} is {norm / usual if usual else 0:.3g} times the median of the steps before'
     if values['ok']:
       if usual and norm > TIMES * usual:
         clip = self.config.optimizer.clip
@@ -202,11 +202,11 @@ class Run:
       return True
     finite = math.isfinite(line['loss']) and math.isfinite(norm)
     kind = 'spikes' if finite else 'skipped'
-    why = spike if finite else f'step {plan.step + 1}: loss or gradient is not finite'
+    why = spike if finite else f'step {inputs.step + 1}: loss or gradient is not finite'
     count, (field, were) = int(values[kind]), SKIPPED[kind]
     given = getattr(self.config.train, field)
     budget = max(1, given)
-    line |= {kind: count, 'first_sample': plan.first_sample, 'batch': plan.batch}
+    line |= {kind: count, 'first_sample': inputs.first_sample, 'batch': inputs.batch}
     self.console.say(f'{why}, step skipped ({count} of at most {budget}); {samples}')
     if count < budget:
       return True
@@ -217,14 +217,14 @@ class Run:
     )
     return False
 
-  def pass_over(self, plan: StepPlan, line: dict[str, Any]) -> bool:
+  def pass_over(self, inputs: StepInputs, line: dict[str, Any]) -> bool:
     """Reports, in `line` too, a step in which no label counts; the run goes on. The more there are, the rarer it is said."""
-    line |= {'first_sample': plan.first_sample, 'batch': plan.batch}
+    line |= {'first_sample': inputs.first_sample, 'batch': inputs.batch}
     self.unlabelled += 1
     if self.unlabelled.bit_count() == 1:
       self.console.say(
-        f'step {plan.step + 1}: no label counts (documents of one token have none), so there is no loss and nothing changes '
-        f'({self.unlabelled} such steps so far); its samples are {plan.first_sample}..{plan.first_sample + plan.batch - 1}'
+        f'step {inputs.step + 1}: no label counts (documents of one token have none), so there is no loss and nothing changes '
+        f'({self.unlabelled} such steps so far); its samples are {inputs.first_sample}..{inputs.first_sample + inputs.batch - 1}'
       )
     return True
 
@@ -252,13 +252,13 @@ class Run:
       self.writer.sample(done, text)
     self.console.say(f'step {done}: sample\n{text}\n')
 
-  def save(self, state: Any, plan: StepPlan, wait: bool) -> None:
+  def save(self, state: Any, inputs: StepInputs, wait: bool) -> None:
     """Starts a checkpoint; the log up to this step is on disk first."""
     if self.writer:
       self.writer.flush()
-    meta = resume.about(self.config, plan, self.loader.identity)
+    meta = resume.about(self.config, inputs, self.loader.identity)
     with self.goodput.spent_on('saving'):
-      self.checkpoints.save(plan.step + 1, self.program.stored(state), meta, wait, self.program.index)
+      self.checkpoints.save(inputs.step + 1, self.program.stored(state), meta, wait, self.program.index)
 
   def stopped(self, done: int) -> int:
     """Says how an interrupted run ended."""
@@ -269,10 +269,10 @@ class Run:
     return KILLED
 
 
-def _batches(program: Any, loader: Any, schedule: Schedule, start: int) -> Iterator[tuple[StepPlan, Any]]:
+def _batches(program: Any, loader: Any, schedule: Schedule, start: int) -> Iterator[tuple[StepInputs, Any]]:
   """The plans from step `start` with their device batches, which a thread prepares ahead."""
-  plans = map(schedule.plan, range(start, schedule.steps))
-  return prefetch((plan, program.batch(plan, loader)) for plan in plans)
+  plans = map(schedule.inputs, range(start, schedule.steps))
+  return prefetch((inputs, program.batch(inputs, loader)) for inputs in plans)
 
 
 def _finish(console: Console, workdir: Workdir, reference: float | None) -> None:

@@ -24,7 +24,7 @@ from lmscale.parallel.layout import map_layout
 from lmscale.parallel.mesh import make_mesh
 from lmscale.parallel.setup import make_setup
 from lmscale.train.optimizer import decays, make_optimizer
-from lmscale.train.schedule import StepPlan
+from lmscale.train.schedule import StepInputs
 from lmscale.train.spikes import no_norms
 from lmscale.train.state import BOOKKEEPING, TrainState
 from lmscale.train.step import make_step
@@ -79,10 +79,10 @@ class Program:
       traced = self._step.trace(self.abstract_state(), batch)
       return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
 
-  def batch(self, plan: StepPlan, loader: Rows) -> dict[str, jax.Array]:
+  def batch(self, inputs: StepInputs, loader: Rows) -> dict[str, jax.Array]:
     """The device batch of a step."""
-    batch = self._feed.put(loader, plan.first_sample, plan.batch, self.config.train.batch // self.rows_per_microbatch)
-    return batch | {'learning_rate': self._feed.scalar(np.float32(plan.learning_rate))}
+    batch = self._feed.put(loader, inputs.first_sample, inputs.batch, self.config.train.batch // self.rows_per_microbatch)
+    return batch | {'learning_rate': self._feed.scalar(np.float32(inputs.learning_rate))}
 
   def evaluate(self, state: TrainState, loader: Rows, samples: int) -> tuple[float, int]:
     """Mean loss in nats per counted token, and the count, over samples 0..samples-1 of `loader`."""

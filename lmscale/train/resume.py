@@ -19,7 +19,7 @@ from lmscale import config as config_lib
 from lmscale.config import USES, Config, run_tokens
 from lmscale.errors import ConfigError
 from lmscale.train.checkpoint import Checkpointer, DamagedCheckpoint
-from lmscale.train.schedule import Schedule, StepPlan, first_difference
+from lmscale.train.schedule import Schedule, StepInputs, first_difference
 from lmscale.train.workdir import Workdir, read_config
 
 # A resumed run may change how and for how long it runs, and what it skips, not what it computes. Fields not named here may not change.
@@ -43,10 +43,10 @@ NAME = re.compile(r'sources\.\d+\.name$')  # in a data identity: what a source i
 log = logging.getLogger(__name__)
 
 
-def about(config: Config, plan: StepPlan, data: Any) -> dict[str, Any]:
-  """What a checkpoint after the step of `plan` came from, as JSON values. data: the loader's identity."""
-  samples = plan.first_sample + plan.batch
-  taken = {'step': plan.step + 1, 'samples': samples, 'tokens': samples * config.train.seq_len}
+def about(config: Config, inputs: StepInputs, data: Any) -> dict[str, Any]:
+  """What a checkpoint after the step of `inputs` came from, as JSON values. data: the loader's identity."""
+  samples = inputs.first_sample + inputs.batch
+  taken = {'step': inputs.step + 1, 'samples': samples, 'tokens': samples * config.train.seq_len}
   return taken | {'data': _as_json(data), 'config': config_lib.to_dict(config)}
 
 
@@ -84,8 +84,8 @@ def check_run(config: Config, data: Any, step: int, meta: dict[str, Any], workdi
   old, notes = _trained_with(meta, path, step)
   notes += check_config(old, config, step, path) if old else ['the settings could not be compared']
   check_identity(meta['data'], data, path, _changed(old, config, BY_IDENTITY) if old else [])
-  plan = Schedule(config).plan(step)
-  wanted = {'samples': plan.first_sample, 'tokens': plan.tokens}
+  inputs = Schedule(config).inputs(step)
+  wanted = {'samples': inputs.first_sample, 'tokens': inputs.tokens}
   if wrong := [f'  {name}: {meta[name]} -> {wanted[name]}' for name in wanted if meta[name] != wanted[name]]:
     raise ConfigError('\n'.join([f'workdir {path} holds a run that has taken {step} steps with other batches:', *wrong]))
   return notes
@@ -126,8 +126,8 @@ def check_config(old: Config, new: Config, taken: int, path: pathlib.Path) -> li
 
 
 def _plan(schedule: Schedule, step: int) -> str:
-  plan = schedule.plan(step)
-  return f'samples {plan.first_sample}..{plan.first_sample + plan.batch - 1}, learning rate {plan.learning_rate!r}'
+  inputs = schedule.inputs(step)
+  return f'samples {inputs.first_sample}..{inputs.first_sample + inputs.batch - 1}, learning rate {inputs.learning_rate!r}'
 
 
 def check_identity(old: Any, new: Any, path: pathlib.Path, fields: list[str] = ()) -> None:

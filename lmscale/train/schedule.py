@@ -1,6 +1,6 @@
 """Which samples and which learning rate a step has: a pure function of the config and the step number.
 
-Nothing is accumulated from step to step, so a resumed run, a reordered loop and a plan for step 10^6 all agree. Sizes
+Nothing is accumulated from step to step, so a resumed run, a reordered loop and what is computed for step 10^6 all agree. Sizes
 are integers throughout; only the learning rate is a float.
 """
 
@@ -12,7 +12,7 @@ from lmscale.config import Config, OptimizerConfig, batch_segments
 
 
 @dataclasses.dataclass(frozen=True)
-class StepPlan:
+class StepInputs:
   """One optimizer step: it reads samples first_sample .. first_sample + batch - 1."""
 
   step: int  # steps taken before this one
@@ -37,12 +37,12 @@ class Schedule:
     self.total_samples = self._position(self.steps)[0]
     self.total_tokens = self.total_samples * self._seq_len
 
-  def plan(self, step: int) -> StepPlan:
+  def inputs(self, step: int) -> StepInputs:
     """The plan of step `step` (from 0), in any order and also beyond the run's last step."""
     first_sample, batch = self._position(step)
     after = (first_sample + batch) * self._seq_len
     rate = learning_rate(self._config.optimizer, after, self.total_tokens)
-    return StepPlan(step, first_sample, batch, first_sample * self._seq_len, rate)
+    return StepInputs(step, first_sample, batch, first_sample * self._seq_len, rate)
 
   def _position(self, step: int) -> tuple[int, int]:
     start, first_sample, batch = self._segments[bisect.bisect_right(self._starts, step) - 1]
@@ -70,10 +70,10 @@ def first_difference(a: Schedule, b: Schedule, steps: int) -> int | None:
   """
   starts = sorted(a.piece_starts(steps) | b.piece_starts(steps))
   for start, stop in zip(starts, [*starts[1:], steps], strict=True):
-    if a.plan(start) == b.plan(start) and a.rate_formula(start) == b.rate_formula(start):
+    if a.inputs(start) == b.inputs(start) and a.rate_formula(start) == b.rate_formula(start):
       continue
     for step in range(start, stop):
-      if a.plan(step) != b.plan(step):
+      if a.inputs(step) != b.inputs(step):
         return step
   return None
 

@@ -243,5 +243,5 @@ def test_batch_and_ramp_are_whole_microbatches():
 def test_run_tokens_are_what_the_schedule_consumes(train):
   config = build(train=train)
   schedule = Schedule(config)
-  assert run_tokens(config.train) == sum(schedule.plan(i).batch for i in range(config.train.steps)) * 256
+  assert run_tokens(config.train) == sum(schedule.inputs(i).batch for i in range(config.train.steps)) * 256
   assert run_tokens(config.train) == schedule.total_tokens

@@ -12,7 +12,7 @@ from lmscale.models import model
 from lmscale.models.stacking import to_layers
 from lmscale.parallel.gradients import make_evaluate, make_gradients
 from lmscale.train.program import Program
-from lmscale.train.schedule import StepPlan
+from lmscale.train.schedule import StepInputs
 
 # Two and three groups, two KV heads: divided by tensor = 2, or not, or only in part.
 MODELS = {
@@ -64,7 +64,7 @@ def _result(data, tensor, zero, sequence_parallel, name, dtype, remat='full'):
   with jax.enable_x64(dtype == 'float64'):
     program = Program(config, jax.devices()[: mesh.size])
     head_loss = model.next_token_loss(config.model, config.train.loss_chunk)
-    batch = program.batch(StepPlan(0, 0, 16, 0, 1e-3), tiny.Rows())
+    batch = program.batch(StepInputs(0, 0, 16, 0, 1e-3), tiny.Rows())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state().params)
     params = jax.device_put(_start(name, dtype), shardings)
     with jax.set_mesh(program.mesh):

@@ -82,8 +82,8 @@ class FakeProgram:
     zeros = [jnp.int32(0) for _ in range(3)]
     return TrainState(params, self._tx.init(params), *zeros, no_norms())
 
-  def batch(self, plan, loader):
-    return jnp.asarray(loader.batch(plan.first_sample, range(plan.batch))['x']), plan.learning_rate
+  def batch(self, inputs, loader):
+    return jnp.asarray(loader.batch(inputs.first_sample, range(inputs.batch))['x']), inputs.learning_rate
 
   def step(self, state, batch):
     return self._step(state, *batch, self._clip)

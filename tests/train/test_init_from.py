@@ -28,7 +28,7 @@ ALL = changed(Config(), {'model.pattern': 'Mm*-', 'model.positions': 'rope', 'tr
 
 
 def parameters(old, new, tokenizer='t', of='t'):
-  return check_parameters(new, tokenizer, 4, about(old, Schedule(old).plan(3), {'tokenizer': of}))
+  return check_parameters(new, tokenizer, 4, about(old, Schedule(old).inputs(3), {'tokenizer': of}))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_fields_of_layers_that_are_not_there_do_not_count():
 
 def test_parameters_that_nobody_knows_are_refused(tmp_path):
   new = change(ALL, 'train.init_from', str(tmp_path))
-  meta = about(ALL, Schedule(ALL).plan(3), {'tokenizer': 't'})
+  meta = about(ALL, Schedule(ALL).inputs(3), {'tokenizer': 't'})
   del meta['config']
   with pytest.raises(ConfigError, match='has no config.json'):
     check_parameters(new, 't', 4, meta)

@@ -57,7 +57,7 @@ def test_lines(whole):
   schedule, found = Schedule(CONFIG), lines(whole, timings=True)
   assert [line['step'] for line in found] == list(range(1, 25))
   for line in found:
-    plan = schedule.plan(line['step'] - 1)
+    plan = schedule.inputs(line['step'] - 1)
     assert line['tokens'] == (plan.first_sample + plan.batch) * SIZE
     assert line['learning_rate'] == plan.learning_rate
     assert line['tokens_per_second'] > 0 and line['grad_norm'] > 0
@@ -156,7 +156,7 @@ def test_a_step_without_a_label_has_no_loss_and_says_so(tmp_path, capsys):
   assert run(tmp_path, {'loop.log_every': 10, 'train.nonfinite_budget': 1, 'train.spike_budget': 1}, program=Unlabelled) == loop.DONE
   found = {line['step']: line for line in lines(tmp_path)}
   for step in Unlabelled.steps:
-    plan = Schedule(CONFIG).plan(step)
+    plan = Schedule(CONFIG).inputs(step)
     line = {key: value for key, value in found[step + 1].items() if not key.startswith('val_')}
     assert line == {
       'step': step + 1, 'tokens': plan.tokens + plan.batch * SIZE, 'loss': None, 'grad_norm': None,
@@ -183,7 +183,7 @@ def counted(folder):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_named(tmp_path, capsys):
-  plan = Schedule(CONFIG).plan(9)
+  plan = Schedule(CONFIG).inputs(9)
   assert run(tmp_path, loader=FakeLoader(bad=[plan.first_sample + 1])) == loop.DONE
   bad = [line for line in lines(tmp_path) if 'skipped' in line]
   assert len(bad) == 1 and len(lines(tmp_path)) == 24
@@ -199,7 +199,7 @@ def test_steps_that_are_not_finite_are_skipped_and_named(tmp_path, capsys):
 
 @pytest.mark.parametrize(('budget', 'at'), [(3, 12), (0, 10)])
 def test_the_budget_stops_the_run_and_keeps_the_last_good_state(tmp_path, capsys, budget, at):
-  first = Schedule(CONFIG).plan(9).first_sample
+  first = Schedule(CONFIG).inputs(9).first_sample
   loader = FakeLoader(bad=range(first, first + 400))
   assert run(tmp_path, {'train.nonfinite_budget': budget}, loader=loader) == loop.DIVERGED == 3
   assert lines(tmp_path)[-1]['step'] == at and lines(tmp_path)[-1]['skipped'] == max(1, budget)
@@ -210,7 +210,7 @@ def test_the_budget_stops_the_run_and_keeps_the_last_good_state(tmp_path, capsys
 
 
 def test_skipped_steps_count_on_over_a_resume(tmp_path):
-  bad = [Schedule(CONFIG).plan(step).first_sample for step in (4, 15)]
+  bad = [Schedule(CONFIG).inputs(step).first_sample for step in (4, 15)]
   assert run(tmp_path, loader=FakeLoader(bad=bad), program=StopAfter) == loop.AGAIN
   assert run(tmp_path, {'train.nonfinite_budget': 2}, loader=FakeLoader(bad=bad)) == loop.DIVERGED
   assert [(line['step'], line['skipped']) for line in lines(tmp_path) if 'skipped' in line] == [(5, 1), (16, 2)]
@@ -228,7 +228,7 @@ class Spiked(FakeLoader):
     return {'x': x * (100 if first_sample in self._first_samples else 1)}
 
 
-SPIKES = [Schedule(CONFIG).plan(step).first_sample for step in (18, 20)]
+SPIKES = [Schedule(CONFIG).inputs(step).first_sample for step in (18, 20)]
 
 
 def test_a_spike_is_announced_and_where_asked_skipped(tmp_path, capsys):
@@ -288,7 +288,7 @@ def test_every_line_has_its_own_time(tmp_path):
 
 
 def test_log_every_keeps_what_matters(tmp_path):
-  bad = Schedule(CONFIG).plan(7).first_sample
+  bad = Schedule(CONFIG).inputs(7).first_sample
   assert run(tmp_path, {'loop.log_every': 10}, loader=FakeLoader(bad=[bad])) == loop.DONE
   assert [line['step'] for line in lines(tmp_path)] == [7, 8, 10, 14, 20, 21, 24]
 
@@ -338,7 +338,7 @@ def test_every_process_stops_after_the_same_step_whenever_its_metrics_are_there(
       state, metrics = super().step(state, batch)
       return state, metrics | {'loss': Loss(metrics['loss'])}
 
-  first = Schedule(CONFIG).plan(9).first_sample
+  first = Schedule(CONFIG).inputs(9).first_sample
   fields = {'train.nonfinite_budget': 3, 'loop.eval_every': 0, 'loop.sample_every': 0, 'loop.checkpoint_every': 0} | fields
   random = np.random.default_rng(0)
   for i, answers in enumerate([itertools.repeat(True), itertools.repeat(False), iter(lambda: bool(random.integers(2)), None)]):

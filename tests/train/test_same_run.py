@@ -116,7 +116,7 @@ def test_a_ramp_may_be_changed_above_where_it_is():
   before = changed(BASE, ramp)
   after = changed(before, {'train.batch': 12, 'train.ramp_tokens': 30 * 16 * 5})
   first = Schedule(before)
-  level = next(step for step in range(1000) if first.plan(step).batch == 8)
+  level = next(step for step in range(1000) if first.inputs(step).batch == 8)
   check_config(before, after, level, 'W')
   check_config(before, after, level + 1, 'W')
   other = changed(before, {'train.ramp_tokens': 30 * 16 * 3 + 16 * 12})
@@ -150,7 +150,7 @@ def test_the_first_difference_is_the_one_that_a_walk_finds():
   rng, found = random.Random(0), []
   for a, b in zip(valid_schedules(rng, 600), valid_schedules(rng, 600), strict=True):
     steps = rng.randint(1, 80)
-    walked = next((step for step in range(steps) if a.plan(step) != b.plan(step)), None)
+    walked = next((step for step in range(steps) if a.inputs(step) != b.inputs(step)), None)
     assert first_difference(a, b, steps) == walked
     assert first_difference(a, a, steps) is None
     found.append(walked)
@@ -220,7 +220,7 @@ def test_sources_may_be_called_something_else_and_lie_elsewhere():
 
 
 def test_a_checkpoint_of_an_older_version_is_compared_with_the_schedule(tmp_path):
-  plan, workdir = Schedule(BASE).plan(3), Workdir(tmp_path, BASE)
+  plan, workdir = Schedule(BASE).inputs(3), Workdir(tmp_path, BASE)
   meta = about(BASE, plan, DATA)
   assert (meta['step'], meta['samples'], meta['tokens']) == (4, 32, 512)
   assert check_run(BASE, DATA, 4, meta, workdir) == [f'{tmp_path}/config.json is missing: the config kept in the checkpoint was used']

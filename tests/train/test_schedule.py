@@ -6,7 +6,7 @@ import random
 import pytest
 
 from lmscale.config import Config, OptimizerConfig, TrainConfig
-from lmscale.train.schedule import Schedule, StepPlan, learning_rate
+from lmscale.train.schedule import Schedule, StepInputs, learning_rate
 
 MT_NLG = Config(
   train=TrainConfig(steps=80000, batch=1920, seq_len=2048, ramp_start=32, ramp_increment=32, ramp_tokens=12 * 10**9),
@@ -26,25 +26,25 @@ def config(train=None, **optimizer):
 
 def test_no_ramp_counts_samples_and_tokens():
   schedule = Schedule(config({'steps': 10, 'batch': 8, 'seq_len': 256}, learning_rate=1.0, schedule='constant'))
-  assert schedule.plan(3) == StepPlan(step=3, first_sample=24, batch=8, tokens=24 * 256, learning_rate=1.0)
+  assert schedule.inputs(3) == StepInputs(step=3, first_sample=24, batch=8, tokens=24 * 256, learning_rate=1.0)
   assert (schedule.steps, schedule.total_samples, schedule.total_tokens) == (10, 80, 80 * 256)
 
 
 def test_mt_nlg_ramp_by_hand():
   """59 levels of 12e9 / 59 / 2048 = 99311.4 samples: 3104 steps at 32, the next level crosses at 198622.9."""
   schedule = Schedule(MT_NLG)
-  assert schedule.plan(0) == StepPlan(0, 0, 32, 0, pytest.approx(5e-5 * 32 * 2048 / 1e9))
-  assert (schedule.plan(3103).batch, schedule.plan(3104).batch) == (32, 64)
-  assert schedule.plan(3104).first_sample == 3104 * 32 == 99328
+  assert schedule.inputs(0) == StepInputs(0, 0, 32, 0, pytest.approx(5e-5 * 32 * 2048 / 1e9))
+  assert (schedule.inputs(3103).batch, schedule.inputs(3104).batch) == (32, 64)
+  assert schedule.inputs(3104).first_sample == 3104 * 32 == 99328
   second = -(-(198623 - 99328) // 64)  # 1552 steps of 64
-  assert (schedule.plan(3104 + second - 1).batch, schedule.plan(3104 + second).batch) == (64, 96)
-  sizes = {schedule.plan(step).batch for step in range(20000)}
+  assert (schedule.inputs(3104 + second - 1).batch, schedule.inputs(3104 + second).batch) == (64, 96)
+  sizes = {schedule.inputs(step).batch for step in range(20000)}
   assert sizes == set(range(32, 1921, 32))
-  full = next(step for step in range(20000) if schedule.plan(step).batch == 1920)
-  tokens = schedule.plan(full).tokens
+  full = next(step for step in range(20000) if schedule.inputs(step).batch == 1920)
+  tokens = schedule.inputs(full).tokens
   assert 12e9 <= tokens < 12e9 + 1888 * 2048
   assert 14450 < full < 14550  # 3103.5 * (1 + 1/2 + ... + 1/59) = 14472, and about half a step per level
-  assert schedule.plan(79999).batch == 1920
+  assert schedule.inputs(79999).batch == 1920
 
 
 def test_ramp_equals_a_plain_loop_in_any_order():
@@ -64,7 +64,7 @@ def test_ramp_equals_a_plain_loop_in_any_order():
     steps = list(range(300))
     rng.shuffle(steps)
     for step in steps:
-      plan = schedule.plan(step)
+      plan = schedule.inputs(step)
       assert (plan.first_sample, plan.batch, plan.tokens) == expected[step]
     assert schedule.total_samples == sample
 
@@ -108,7 +108,7 @@ def test_constant_only_warms_up():
 def test_rate_is_that_of_the_tokens_after_the_step_and_ends_at_the_minimum():
   base = config({'steps': 4, 'batch': 1, 'seq_len': 25}, schedule='cosine', learning_rate=1.0, min_learning_rate=0.0,
                 warmup_tokens=50)  # fmt: skip
-  rates = [Schedule(base).plan(step).learning_rate for step in range(4)]
+  rates = [Schedule(base).inputs(step).learning_rate for step in range(4)]
   assert rates == pytest.approx([0.5, 1.0, 0.5, 0.0])
   longer = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=6))
-  assert Schedule(longer).plan(3).learning_rate == pytest.approx(0.5)
+  assert Schedule(longer).inputs(3).learning_rate == pytest.approx(0.5)

@@ -15,7 +15,7 @@ from lmscale.parallel.gradients import make_gradients
 from lmscale.parallel.mesh import make_mesh
 from lmscale.train import stored
 from lmscale.train.program import Program
-from lmscale.train.schedule import Schedule, StepPlan
+from lmscale.train.schedule import Schedule, StepInputs
 
 SMALL = tiny.change(tiny.MODEL, pattern='M-')
 
@@ -26,7 +26,7 @@ def _run(config, steps, devices=None, plans=None):
   schedule = Schedule(config)
   losses = []
   for step in range(steps):
-    plan = plans[step] if plans else schedule.plan(step)
+    plan = plans[step] if plans else schedule.inputs(step)
     state, metrics = program.step(state, program.batch(plan, tiny.Rows()))
     losses.append(float(metrics['loss']))
   return program, state, losses
@@ -38,7 +38,7 @@ def test_training_lowers_the_loss_on_a_mesh_as_on_one_device():
   for mesh in (MeshConfig(1, 1, 1, 0), MeshConfig(1, 4, 2, 2)):
     config = tiny.config(mesh, SMALL, microbatch=16 if mesh.size == 1 else 2, steps=8)
     config = tiny.change(config, optimizer=tiny.change(config.optimizer, **optimizer))
-    plans = [StepPlan(i, 0, 16, 0, 3e-2) for i in range(8)]
+    plans = [StepInputs(i, 0, 16, 0, 3e-2) for i in range(8)]
     runs.append(_run(config, 8, jax.devices()[: mesh.size], plans)[2])
   np.testing.assert_allclose(runs[0], runs[1], rtol=2e-3)
   assert runs[0][-1] < runs[0][0] - 0.5
@@ -75,7 +75,7 @@ def test_a_step_that_is_not_finite_changes_only_the_counters():
   program, state, _ = _run(tiny.config(MeshConfig(1, 4, 2, 1), SMALL), 1)
   state.params['head']['kernel'] = state.params['head']['kernel'].at[0, 0].set(jnp.inf)
   before = jax.tree.map(np.asarray, (state.params, state.opt_state))
-  state, metrics = program.step(state, program.batch(Schedule(program.config).plan(1), tiny.Rows()))
+  state, metrics = program.step(state, program.batch(Schedule(program.config).inputs(1), tiny.Rows()))
   assert not bool(metrics['ok'])
   jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
   assert (int(state.step), int(state.skipped), int(state.spikes)) == (2, 1, 0)
@@ -92,7 +92,7 @@ class NoLabels(tiny.Rows):
 def test_a_step_in_which_no_label_counts_changes_only_the_number_of_steps():
   program, state, _ = _run(tiny.config(MeshConfig(1, 4, 2, 1), SMALL), 1)
   before = jax.tree.map(np.asarray, state)
-  state, metrics = program.step(state, program.batch(Schedule(program.config).plan(1), NoLabels()))
+  state, metrics = program.step(state, program.batch(Schedule(program.config).inputs(1), NoLabels()))
   assert (float(metrics['loss']), int(metrics['tokens']), bool(metrics['ok'])) == (0.0, 0, False)
   jax.tree.map(np.testing.assert_array_equal, state, before.replace(step=before.step + 1))
 
@@ -103,7 +103,7 @@ def test_a_spike_changes_only_the_counters_where_it_is_skipped(skip):
   before = jax.tree.map(np.asarray, (state.params, state.opt_state))
   usual = jnp.full_like(state.norms, 1e-6)
   state, metrics = program.step(
-    state.replace(norms=jax.device_put(usual, state.norms.sharding)), program.batch(Schedule(program.config).plan(1), tiny.Rows())
+    state.replace(norms=jax.device_put(usual, state.norms.sharding)), program.batch(Schedule(program.config).inputs(1), tiny.Rows())
   )
   after = jax.tree.map(np.asarray, (state.params, state.opt_state))
   same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)]
@@ -115,10 +115,10 @@ def test_a_spike_changes_only_the_counters_where_it_is_skipped(skip):
 
 def test_a_ramp_uses_one_program_for_every_batch_size():
   full = tiny.config(MeshConfig(1, 4, 1, 1), SMALL, microbatch=1)
-  program, _state, losses = _run(full, 2, jax.devices()[:4], [StepPlan(0, 0, 8, 0, 1e-2), StepPlan(1, 8, 16, 0, 1e-2)])
+  program, _state, losses = _run(full, 2, jax.devices()[:4], [StepInputs(0, 0, 8, 0, 1e-2), StepInputs(1, 8, 16, 0, 1e-2)])
   assert program._step._cache_size() == 1
   half = tiny.config(MeshConfig(1, 4, 1, 1), SMALL, microbatch=1, batch=8)
-  _, _, expected = _run(half, 1, jax.devices()[:4], [StepPlan(0, 0, 8, 0, 1e-2)])
+  _, _, expected = _run(half, 1, jax.devices()[:4], [StepInputs(0, 0, 8, 0, 1e-2)])
   np.testing.assert_allclose(losses[0], expected[0], rtol=1e-6)
 
 
