@@ -38,7 +38,7 @@ class Schedule:
     self.total_tokens = self.total_samples * self._seq_len
 
   def inputs(self, step: int) -> StepInputs:
-    """The plan of step `step` (from 0), in any order and also beyond the run's last step."""
+    """Of step `step` (from 0), in any order and also beyond the run's last step."""
     first_sample, batch = self._position(step)
     after = (first_sample + batch) * self._seq_len
     rate = learning_rate(self._config.optimizer, after, self.total_tokens)

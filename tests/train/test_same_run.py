@@ -161,8 +161,8 @@ def test_ten_million_steps_are_compared_at_once(monkeypatch):
   long = changed(BASE, {'train.steps': 10**7, 'optimizer.wsd_decay_tokens': 128})
   a, b = Schedule(long), Schedule(change(long, 'train.steps', 2 * 10**7))
   calls = []
-  plan = Schedule.plan
-  monkeypatch.setattr(Schedule, 'plan', lambda self, step: calls.append(step) or plan(self, step))
+  inputs = Schedule.inputs
+  monkeypatch.setattr(Schedule, 'inputs', lambda self, step: calls.append(step) or inputs(self, step))
   assert first_difference(a, b, 10**7 - 1) is None and len(calls) < 100
   assert first_difference(a, b, 10**7) == 10**7 - 1 and len(calls) < 200
 
