@@ -12,7 +12,7 @@ pip = -m pip -qq --disable-pip-version-check
 pytest = .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help interpreter install quickstart test test-slow test-gpu extras constraints clean
+.PHONY: help interpreter install quickstart test test-slow test-scale test-gpu extras constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -37,10 +37,13 @@ quickstart: install  ## train a small hybrid on the CPU and show what it learned
 
 test: install  ## check the style, then run every test that needs no accelerator
 	@.venv/bin/python -m ruff check -q .
-	@JAX_PLATFORMS=cpu $(pytest) -m 'not slow and not gpu'
+	@JAX_PLATFORMS=cpu $(pytest) -m 'not slow and not scale and not gpu'
 
 test-slow: install  ## run the tests that take minutes each
 	@JAX_PLATFORMS=cpu $(pytest) -m 'slow and not gpu'
+
+test-scale: install  ## run the proofs of scale: every layout of the mesh, and what each is lowered to
+	@JAX_PLATFORMS=cpu $(pytest) -m 'scale and not gpu'
 
 test-gpu: install  ## run the tests that need an NVIDIA GPU (install the cuda extra first)
 	@JAX_PLATFORMS=cuda $(pytest) -n 0 -m gpu

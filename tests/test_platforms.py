@@ -58,7 +58,7 @@ def test_the_step_with_gpu_kernels_is_lowered_for_gpu(monkeypatch):
   assert len(re.findall(r'custom_call @__gpu\$xla\.gpu\.triton', text)) >= 3
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize('sequence_parallel', [False, True])
 @pytest.mark.parametrize('zero', range(4))
 @pytest.mark.parametrize('kind', KINDS)

@@ -80,7 +80,7 @@ def _result(data, tensor, zero, sequence_parallel, name, dtype, remat='full'):
 QUICK = [LAYOUTS[i] for i in (11,)]
 CASES = [(layout, 'float64', 1e-10) for layout in LAYOUTS] + [(layout, 'float32', 1e-5) for layout in QUICK]
 CASES += [
-  pytest.param(layout, 'float32', 1e-5, marks=pytest.mark.slow) for layout in LAYOUTS if layout not in QUICK
+  pytest.param(layout, 'float32', 1e-5, marks=pytest.mark.scale) for layout in LAYOUTS if layout not in QUICK
 ]
 
 
