@@ -13,6 +13,7 @@ from typing import Any
 
 from lmscale.config.fields import Config
 from lmscale.config.pattern import LAYER_KINDS
+from lmscale.config.pipeline import check_microbatches, check_stages, nearest_multiples
 from lmscale.config.ramp import run_tokens
 from lmscale.errors import ConfigError
 
@@ -23,6 +24,7 @@ CHOICES = {
   'model.positions': ('none', 'rope', 'learned'),
   'model.mlp.activation': ('gelu', 'gelu_tanh', 'relu2', 'swiglu', 'geglu'),
   'mesh.zero': (0, 1, 2, 3),
+  'mesh.schedule': ('gpipe', '1f1b', '1f1b_strict', 'interleaved'),
   'optimizer.schedule': ('cosine', 'wsd', 'constant'),
   'model.attention.implementation': ('auto', 'xla', 'cudnn'),
   'model.mamba2.implementation': ('auto', 'scan', 'xla', 'pallas_triton', 'pallas_mosaic'),
@@ -45,7 +47,7 @@ AT_LEAST = {  # smallest allowed integer
   'model.mamba2.conv': 1, 'model.mamba2.chunk': 0,
   'model.mamba.d_inner': 1, 'model.mamba.state': 1, 'model.mamba.dt_rank': 1, 'model.mamba.conv': 1,
   'model.mamba.chunk': 0,
-  'mesh.pipe': 1, 'mesh.tensor': 1,
+  'mesh.pipe': 1, 'mesh.tensor': 1, 'mesh.virtual': 1,
   'optimizer.warmup_tokens': 0, 'optimizer.decay_tokens': 0, 'optimizer.wsd_decay_tokens': 0,
   'train.steps': 1, 'train.batch': 1, 'train.seq_len': 1, 'train.microbatch': 1, 'train.ramp_start': 0,
   'train.ramp_increment': 0, 'train.ramp_tokens': 0, 'train.loss_chunk': 1, 'train.nonfinite_budget': 0,
@@ -138,10 +140,7 @@ def check_mesh(config: Config) -> None:
   for path, symbol in cut_by_tensor.items():
     if symbol in model.layers:
       _check_divides('mesh.tensor', mesh.tensor, path, _get(config, path))
-  if mesh.pipe > len(model.layers):
-    raise ConfigError(
-      f'mesh.pipe: {mesh.pipe} stages for the {len(model.layers)} layers of model.pattern; each needs at least one layer'
-    )
+  check_stages(config)
   if mesh.sequence_parallel:
     _check_divides('mesh.tensor', mesh.tensor, 'train.seq_len', train.seq_len, ' (mesh.sequence_parallel)')
   unit = train.microbatch * mesh.data
@@ -152,8 +151,9 @@ def check_mesh(config: Config) -> None:
     if size % unit:
       raise ConfigError(
         f'{path}: {size} is not a multiple of train.microbatch {train.microbatch} * mesh.data {mesh.data} = {unit}; '
-        f'nearest: {" or ".join(str(n * unit) for n in (size // unit, size // unit + 1) if n)}'
+        f'nearest: {nearest_multiples(size, unit)}'
       )
+    check_microbatches(config, path, size)
 
 
 def _get(config: Any, path: str) -> Any:

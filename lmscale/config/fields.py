@@ -88,6 +88,8 @@ class MeshConfig:
   tensor: int = 1
   zero: int = 1  # 0 replicated, 1 optimizer and master, 2 gradients too, 3 parameters too
   sequence_parallel: bool = False
+  schedule: str = '1f1b'  # of the pipeline: gpipe | 1f1b | 1f1b_strict (at most pipe microbatches in flight) | interleaved
+  virtual: int = 1  # pipeline stages on each device; more than 1 only with interleaved
 
   @property
   def size(self) -> int:

@@ -20,6 +20,16 @@ def flops_per_token_paper(model: ModelConfig, seq_len: int) -> int:
   return 3 * _forward(model, seq_len, causal=False)
 
 
+def layer_flops(model: ModelConfig, seq_len: int, causal: bool = True) -> list[int]:
+  """Forward FLOPs per token of each layer, in canonical order."""
+  per_kind = {kind: LAYERS[kind].flops(model, seq_len, causal) for kind in set(model.layers)}
+  return [per_kind[kind] for kind in model.layers]
+
+
+def head_flops(model: ModelConfig) -> int:
+  """Forward FLOPs per token of the logits."""
+  return 2 * model.d_model * model.vocab
+
+
 def _forward(model: ModelConfig, seq_len: int, causal: bool) -> int:
-  per_layer = {kind: LAYERS[kind].flops(model, seq_len, causal) for kind in set(model.layers)}
-  return sum(per_layer[kind] for kind in model.layers) + 2 * model.d_model * model.vocab
+  return sum(layer_flops(model, seq_len, causal)) + head_flops(model)

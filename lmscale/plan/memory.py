@@ -2,7 +2,7 @@
 
 Stored, from the same layouts that place the real arrays: the fp32 master (float64 in a float64 run) and Adam's two
 moments, cut over `tensor` and, from ZeRO 1 up, over `data`. Held during a step: the compute copy, the gradients, the
-activations and temporaries. With pipe > 1 the figures are those of the fullest stage.
+activations and temporaries. With pipe > 1 the figures are those of the fullest device.
 
   parameters   master + compute copy. The copy is whole under ZeRO 0 to 2 and costs nothing where it is the master itself
                (fp32, not gathered); under ZeRO 3 only one layer's exists at a time, among the temporaries.
@@ -13,15 +13,18 @@ activations and temporaries. With pipe > 1 the figures are those of the fullest 
                ZeRO 2 has not scattered yet, the layer that ZeRO 3 has gathered, the head's gradient from the forward pass.
 """
 
-import itertools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from lmscale.config import Config
 from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
+from lmscale.parallel.pipeline.replay import in_flight
+from lmscale.parallel.pipeline.stages import device_layers
 from lmscale.parallel.rules import make_rules
 from lmscale.plan.activations import layer_activations, layer_working
+from lmscale.plan.pipeline import microbatches, stage_layers, step_table
 
 BYTES = {'bfloat16': 2, 'float32': 4, 'float64': 8}
 
@@ -38,24 +41,16 @@ def zero_bytes(parameters: float, data: int, stage: int) -> float:
 
 def bytes_per_device(config: Config) -> dict[str, int]:
   """Bytes on the fullest device, by the groups of the module's docstring, and their `total`. mesh.data must be known."""
-  stages = (_stage_bytes(config, i, layers) for i, layers in enumerate(stage_layers(config)))
-  return max(stages, key=lambda b: b['total'])
+  devices = device_layers(stage_layers(config), config.mesh.pipe)
+  layout = make_layout(config, make_stacking(config.model.layers, 'unrolled'), make_rules(config))
+  each = zip(devices, activations_held(config), strict=True)
+  plans = (_device_bytes(config, i, _device_leaves(config, layout, i, layers), layers, held) for i, (layers, held) in enumerate(each))
+  return max(plans, key=lambda plan: plan['total'])
 
 
-def stage_layers(config: Config) -> list[range]:
-  """Canonical layer indices of each pipeline stage: cut at `|` where the pattern says so, else as evenly as possible."""
-  parts, pipe = config.model.pattern.split('|'), config.mesh.pipe
-  if len(parts) == pipe:
-    sizes = [len(part) for part in parts]
-  else:
-    each, more = divmod(len(config.model.layers), pipe)
-    sizes = [each + (i < more) for i in range(pipe)]
-  starts = [sum(sizes[:i]) for i in range(pipe + 1)]
-  return [range(a, b) for a, b in itertools.pairwise(starts)]
-
-
-def _stage_bytes(config: Config, stage: int, layers: range) -> dict[str, int]:
-  groups = _stage_leaves(config, stage, layers)
+def _device_bytes(
+  config: Config, device: int, groups: list[list[LeafLayout]], layers: list[int], held: int
+) -> dict[str, int]:
   leaves = [leaf for group in groups for leaf in group]
   master = BYTES['float64' if config.train.compute_dtype == 'float64' else 'float32']
   grad = max(BYTES[config.train.grad_dtype], master if master == 8 else 0)
@@ -65,17 +60,16 @@ def _stage_bytes(config: Config, stage: int, layers: range) -> dict[str, int]:
     'parameters': stored * master + (_copy_bytes(config, leaves) if config.mesh.zero < 3 else 0),
     'gradients': grad * (stored if config.mesh.zero >= 2 else whole),
     'optimizer': 2 * stored * master,
-    'activations': _activation_bytes(config, stage, layers),
-    'temporaries': _temporary_bytes(config, groups, stage, grad, stored, whole),
+    'activations': held + _working_bytes(config, device, layers),
+    'temporaries': _temporary_bytes(config, groups, device, grad, stored, whole),
   }
   return {**result, 'total': sum(result.values())}
 
 
-def _stage_leaves(config: Config, stage: int, layers: range) -> list[list[LeafLayout]]:
-  """The parameters of a stage, grouped by what is gathered together: each layer, the embedding, final norm, head."""
-  layout = make_layout(config, make_stacking(config.model.layers, 'unrolled'), make_rules(config))
+def _device_leaves(config: Config, layout: dict[str, Any], device: int, layers: list[int]) -> list[list[LeafLayout]]:
+  """The parameters of a device, grouped by what is gathered together: each layer, the embedding, final norm, head."""
   groups: list[dict[str, LeafLayout]] = [layout['layers'][i][0] for i in layers]
-  first, last = stage == 0, stage == config.mesh.pipe - 1
+  first, last = device == 0, device == config.mesh.pipe - 1
   if first or (last and config.model.tied):
     groups.append(layout['embed'])
   if last:
@@ -101,42 +95,54 @@ def _copy_bytes(config: Config, leaves: Iterable[LeafLayout]) -> int:
 
 
 def _temporary_bytes(
-  config: Config, groups: list[list[LeafLayout]], stage: int, grad: int, stored: int, whole: int
+  config: Config, groups: list[list[LeafLayout]], device: int, grad: int, stored: int, whole: int
 ) -> int:
   train, zero = config.train, config.mesh.zero
   compute = BYTES[train.compute_dtype]
-  several = _microbatches(config) > 1
+  several = microbatches(config) > 1
   if zero == 3:
     largest = max(_copy_bytes(config, group) for group in groups)
     microbatch = 2 * largest + (stored * grad if several else 0)  # the layer, and its gradient before it is scattered
   else:
     unscattered = grad * (whole - stored) if zero == 2 else 0
     microbatch = unscattered + (whole * compute if several else 0)
-  last = stage == config.mesh.pipe - 1
+  last = device == config.mesh.pipe - 1
   head = config.model.d_model * config.model.vocab // config.mesh.tensor * max(4, compute) if last else 0
   return microbatch + head
 
 
-def _microbatches(config: Config) -> int:
-  return -(-config.train.batch // (config.train.microbatch * config.mesh.data))
+def activations_held(config: Config) -> list[int]:
+  """Bytes that wait on each device for backward passes: those of the microbatches in flight, at the worst tick.
 
-
-def _activation_bytes(config: Config, stage: int, layers: range) -> int:
-  """Of the microbatches in flight on a stage: one without a pipeline, pipe - stage under 1F1B (arXiv 2104.04473).
-
-  Also what one layer holds, beside what it keeps, while its backward pass runs.
+  Without a pipeline one microbatch is in flight, of which each layer's share waits (under `full` its input). With one the
+  schedule says how many; under `full` a stage's input waits, and its layers' inputs only while one microbatch goes backward.
   """
-  model, mesh, train = config.model, config.mesh, config.train
-  kinds = [model.layers[i] for i in layers]
-  if train.remat == 'full':
-    kept = dict.fromkeys(kinds, _stream(config) * train.seq_len)
-  else:
-    kept = {kind: layer_activations(config, kind, train.remat) for kind in set(kinds)}
-  saved = sum(kept[kind] for kind in kinds)
-  working = max(max(layer_working(config, kind) - kept[kind], 0) for kind in kept)
-  in_flight = min(mesh.pipe - stage, _microbatches(config))
-  loss = _loss_bytes(config, train.microbatch * train.seq_len) if stage == mesh.pipe - 1 else 0
-  return train.microbatch * (saved * in_flight + working) + loss
+  mesh, train = config.mesh, config.train
+  layer = {kind: _kept(config, kind) for kind in set(config.model.layers)}
+  stage = [train.microbatch * sum(layer[config.model.layers[i]] for i in layers) for layers in stage_layers(config)]
+  if mesh.pipe == 1:
+    return stage
+  table = step_table(config)
+  if train.remat != 'full':
+    return in_flight(table, stage).tolist()
+  inputs = in_flight(table, [train.microbatch * _stream(config) * train.seq_len] * table.stages)
+  return [int(n) + max(stage[device :: mesh.pipe]) for device, n in enumerate(inputs)]
+
+
+def _kept(config: Config, kind: str) -> int:
+  """Bytes per sequence that a layer keeps until its backward pass."""
+  if config.train.remat == 'full':
+    return _stream(config) * config.train.seq_len
+  return layer_activations(config, kind, config.train.remat)
+
+
+def _working_bytes(config: Config, device: int, layers: list[int]) -> int:
+  """What one layer holds, beside what it keeps, while its backward pass runs, and one chunk of the loss."""
+  train = config.train
+  kinds = {config.model.layers[i] for i in layers}
+  working = max(max(layer_working(config, kind) - _kept(config, kind), 0) for kind in kinds)
+  loss = _loss_bytes(config, train.microbatch * train.seq_len) if device == config.mesh.pipe - 1 else 0
+  return train.microbatch * working + loss
 
 
 def _stream(config: Config) -> int:

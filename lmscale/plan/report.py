@@ -1,6 +1,7 @@
 """The plan of a run as a dict for scripts and as text for people."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 from lmscale.config import Config, run_tokens
@@ -8,6 +9,7 @@ from lmscale.parallel.layout import zero_share
 from lmscale.plan.flops import flops_per_token, flops_per_token_paper
 from lmscale.plan.memory import bytes_per_device
 from lmscale.plan.parameters import parameters_by_kind
+from lmscale.plan.pipeline import pipeline_report
 
 ENOUGH = 0.99  # of the parameters cut by ZeRO: what is left over is small
 NEAR = 8  # how far from mesh.data another size is looked for
@@ -17,7 +19,8 @@ def make_report(config: Config) -> dict[str, Any]:
   """Parameters, FLOPs and bytes of a config whose mesh.data is known. Allocates nothing; values are JSON-able.
 
   Keys that scripts rely on: parameters.total, parameters.by_kind, flops_per_token, flops_per_token_paper,
-  bytes_per_device.{parameters, gradients, optimizer, activations}. zero_share: of the parameters, cut over `data`.
+  bytes_per_device.{parameters, gradients, optimizer, activations, total}, and with mesh.pipe > 1 those of `pipeline_report`
+  under pipeline. zero_share: of the parameters, cut over `data`.
   """
   kinds = parameters_by_kind(config.model)
   train, seq_len = config.train, config.train.seq_len
@@ -38,6 +41,7 @@ def make_report(config: Config) -> dict[str, Any]:
     'zero_share': zero_share(config),
     'zero_advice': zero_advice(config),
     'bytes_per_device': bytes_per_device(config),
+    **({'pipeline': pipeline_report(config)} if config.mesh.pipe > 1 else {}),
   }
 
 
@@ -53,7 +57,7 @@ def zero_advice(config: Config) -> str:
 
 
 def format_report(report: dict[str, Any]) -> str:
-  """The report as a table of about twenty lines."""
+  """The report as a table of about twenty lines, and with a pipeline its timetable."""
   total, mesh = report['parameters']['total'], report['mesh']
   rows = [('parameters', f'{total:,}', short(total))]
   rows += [(f'  {kind}', f'{n:,}', f'{n / total:.1%}') for kind, n in report['parameters']['by_kind'].items() if n]
@@ -68,10 +72,38 @@ def format_report(report: dict[str, Any]) -> str:
     ('bytes per device', '', 'estimate; the fullest device'),
   ]
   rows += [(f'  {group}', size(n), '') for group, n in report['bytes_per_device'].items()]
+  pipeline = report.get('pipeline')
+  rows += _pipeline_rows(pipeline) if pipeline else []
   left = max(len(row[0]) for row in rows)
   middle = max(len(row[1]) for row in rows)
   head = f'{report["name"]}: {_short_pattern(report["pattern"])}'
-  return '\n'.join([head, *(f'{a:<{left}}  {b:>{middle}}  {c}'.rstrip() for a, b, c in rows)])
+  lines = [head, *(f'{a:<{left}}  {b:>{middle}}  {c}'.rstrip() for a, b, c in rows)]
+  return '\n'.join([*lines, *(['', *pipeline['picture']] if pipeline else [])])
+
+
+def _pipeline_rows(pipeline: dict[str, Any]) -> list[tuple[str, str, str]]:
+  several = f' * {pipeline["virtual_stages"]} a device' if pipeline['virtual_stages'] > 1 else ''
+  bound = '' if pipeline['bubble'] - pipeline['bubble_async'] < 1e-9 else f'; {pipeline["bubble_async"]:.1%} without lock step'
+  sizes = _repeats([len(layers) for layers in pipeline['layers']])
+  return [
+    ('pipeline', pipeline['schedule'], f'{pipeline["stages"]} stages{several}, {pipeline["microbatches"]:,} microbatches'),
+    ('  ticks', f'{pipeline["ticks"]:,}', 'of the timetable; all devices walk it in lock step'),
+    ('  bubble', f'{pipeline["bubble"]:.1%}', f'over the ideal time, a backward pass being 2 forward{bound}'),
+    ('  by real FLOPs', f'{pipeline["bubble_flops"]:.1%}', 'over the ideal time, unequal stages included'),
+    ('  in flight', f'{max(pipeline["in_flight"])}', f'by device {_repeats(pipeline["in_flight"])}'),
+    ('  layers', f'{max(map(len, pipeline["layers"]))}', f'by stage {sizes}'),
+    ('', '', pipeline['cut']),
+  ]
+
+
+def _repeats(values: list[int], most: int = 60) -> str:
+  """Numbers in a line of at most about `most` characters, equal neighbours counted, the middle left out."""
+  runs = [(value, len(list(group))) for value, group in itertools.groupby(values)]
+  words = [f'{value} ({n} times)' if n > 2 else ', '.join([str(value)] * n) for value, n in runs]
+  while len(', '.join(words)) > most:
+    words = [word for word in words if word != '...']
+    words[len(words) // 2 : len(words) // 2 + 1] = ['...']
+  return ', '.join(words)
 
 
 def short(n: float) -> str:

@@ -143,6 +143,9 @@ def test_unknown_fields_name_the_nearest(path, nearest):
     ({'model': {'positions': 'rope', 'rope_fraction': 0.4}}, 'model.rope_fraction', '32 * 0.4 = 12.8'),
     ({'model': {'rope_fraction': 0.0}}, 'model.rope_fraction', '(0, 1]'),
     ({'mesh': {'zero': 4}}, 'mesh.zero', '0, 1, 2, 3'),
+    ({'mesh': {'schedule': 'zb'}}, 'mesh.schedule', "'zb' is not one of gpipe, 1f1b, 1f1b_strict, interleaved"),
+    ({'mesh': {'schedule': 'forward'}}, 'mesh.schedule', "'forward' is not one of"),
+    ({'mesh': {'virtual': 0}}, 'mesh.virtual', '0 is less than 1'),
     ({'mesh': {'tensor': 0}}, 'mesh.tensor', '0'),
     ({'mesh': {'data': 0}}, 'mesh.data', '-1'),
     ({'train': {'compute_dtype': 'float16'}}, 'train.compute_dtype', 'bfloat16'),
@@ -245,3 +248,62 @@ def test_run_tokens_are_what_the_schedule_consumes(train):
   schedule = Schedule(config)
   assert run_tokens(config.train) == sum(schedule.inputs(i).batch for i in range(config.train.steps)) * 256
   assert run_tokens(config.train) == schedule.total_tokens
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'message'),
+  [
+    (
+      {'pipe': 2, 'virtual': 2},
+      (
+        'mesh.virtual: 2 stages a device with mesh.schedule 1f1b; only interleaved has more than one: '
+        'set mesh.schedule=interleaved or mesh.virtual=1'
+      ),
+    ),
+    (
+      {'pipe': 1, 'virtual': 2, 'schedule': 'interleaved'},
+      'mesh.virtual: 2 stages a device with mesh.pipe 1, without a pipeline; set mesh.virtual=1 or mesh.pipe above 1',
+    ),
+    (
+      {'pipe': 9},
+      'mesh.pipe: 9 stages for the 8 layers of model.pattern; each needs at least one layer: set mesh.pipe to at most 8',
+    ),
+    (
+      {'pipe': 3, 'virtual': 3, 'schedule': 'interleaved'},
+      (
+        'mesh.virtual: mesh.pipe 3 * mesh.virtual 3 = 9 stages for the 8 layers of model.pattern; each needs at least one '
+        'layer: set mesh.virtual to at most 2'
+      ),
+    ),
+    (
+      {'pipe': 4, 'schedule': 'interleaved', 'data': 2},
+      (
+        'train.batch: 20 / (train.microbatch 2 * mesh.data 2) = 5 microbatches are not a multiple of mesh.pipe 4, which '
+        'mesh.schedule interleaved needs; nearest: 16 or 32, or set mesh.schedule=1f1b and mesh.virtual=1'
+      ),
+    ),
+  ],
+)
+def test_a_pipeline_that_cannot_be(mesh, message):
+  config = build(mesh={'data': 1} | mesh, model={'pattern': 'M-M-|M-*-'}, train={'batch': 20, 'microbatch': 2})
+  with pytest.raises(ConfigError) as caught:
+    config_lib.check_mesh(config)
+  assert str(caught.value) == message
+
+
+def test_a_ramp_is_whole_groups_of_microbatches_too():
+  ramp = {'batch': 24, 'ramp_start': 8, 'ramp_increment': 4, 'ramp_tokens': 999}
+  mesh = {'pipe': 4, 'schedule': 'interleaved', 'data': 2}
+  with pytest.raises(ConfigError, match=r'train.ramp_increment: 4 / .* = 2 microbatches .* nearest: 8,'):
+    config_lib.check_mesh(build(mesh=mesh, model={'pattern': 'M' * 8}, train=ramp))
+
+
+def test_a_timetable_has_an_end():
+  with pytest.raises(ConfigError, match=r'train.batch: 1048576 microbatches \* mesh.pipe 2 \* mesh.virtual 1 = 2097152 tasks'):
+    config_lib.check_mesh(build(mesh={'pipe': 2, 'data': 1}, train={'batch': 2**20}))
+
+
+def test_a_config_from_before_the_schedules_is_read():
+  old = config_lib.to_dict(Config())
+  del old['mesh']['schedule'], old['mesh']['virtual']
+  assert config_lib.from_dict(old) == Config()

@@ -11,8 +11,9 @@ from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
 from lmscale.parallel.mesh import make_mesh
 from lmscale.parallel.rules import make_rules
-from lmscale.plan.memory import bytes_per_device, stage_layers, zero_bytes
+from lmscale.plan.memory import activations_held, bytes_per_device, zero_bytes
 from lmscale.plan.parameters import parameter_count
+from lmscale.plan.pipeline import stage_layers
 from lmscale.train.program import Program
 
 H, SEQ = 512, 256
@@ -96,13 +97,48 @@ def test_sequence_parallel_cuts_the_stream():
 def test_pipeline_stages():
   config = gpt({'pipe': 4})
   assert stage_layers(config) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
-  assert stage_layers(gpt({'pipe': 3})) == [range(3), range(3, 6), range(6, 8)]
   cut = build({'pipe': 2, 'data': 1}, model={'pattern': 'M-*|-'})
   assert stage_layers(cut) == [range(3), range(3, 4)]
   one, four = bytes_per_device(gpt({'pipe': 1})), bytes_per_device(config)
   assert four['optimizer'] < one['optimizer'] / 2
   with pytest.raises(ConfigError, match='mesh.pipe: 9 stages for the 8 layers'):
     check_mesh(gpt({'pipe': 9}))
+
+
+def test_stages_are_equal_in_flops_not_in_layers():
+  """The head, here as dear as two layers, is in the last stage; recomputation makes layers dearer; wrong `|` are not used."""
+  model = {'d_model': 64, 'mlp': {'d_ff': 256}, 'vocab': 2 * 8 * 64}
+  uncut, cut = model | {'pattern': '-' * 12}, model | {'pattern': '------|---|---'}
+  for pattern in (uncut, cut):
+    assert stage_layers(build({'pipe': 2, 'data': 1}, {'remat': 'none'}, pattern)) == [range(7), range(7, 12)]
+  assert stage_layers(build({'pipe': 3, 'data': 1}, model=cut)) == [range(6), range(6, 9), range(9, 12)]
+  uncut['vocab'] = 4 * 8 * 64  # four layers; or three that are done again
+  first = [stage_layers(build({'pipe': 2, 'data': 1}, {'remat': remat}, uncut))[0] for remat in ('none', 'full')]
+  assert first == [range(8), range(7)]
+
+
+@pytest.mark.parametrize(
+  'schedule,in_flight', [('1f1b', [7, 5, 3, 1]), ('1f1b_strict', [4, 3, 2, 1]), ('gpipe', [64] * 4)]
+)
+def test_a_device_holds_what_its_schedule_has_in_flight(schedule, in_flight):
+  config = gpt({'pipe': 4, 'schedule': schedule})
+  block = activations_held(gpt({'pipe': 1}))[0] // 4
+  assert activations_held(config) == [n * block for n in in_flight]
+
+
+def test_full_recomputation_keeps_the_inputs_of_stages():
+  """Four layers a device: their inputs are there once, while one microbatch goes backward, not for each in flight."""
+  stream = 2 * H * SEQ
+  assert activations_held(gpt({'pipe': 2}, 'full')) == [(3 + 4) * stream, (1 + 4) * stream]
+  assert activations_held(gpt({'pipe': 2, 'schedule': 'gpipe'}, 'full')) == [(64 + 4) * stream] * 2
+  assert activations_held(gpt({'pipe': 2, 'schedule': 'interleaved', 'virtual': 2}, 'full')) == [(5 + 2) * stream, (3 + 2) * stream]
+  assert activations_held(gpt({'pipe': 1}, 'full')) == [8 * stream]
+
+
+def test_virtual_stages_are_held_where_they_lie():
+  config = gpt({'pipe': 2, 'schedule': 'interleaved', 'virtual': 2})
+  assert stage_layers(config) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
+  assert bytes_per_device(config)['optimizer'] == bytes_per_device(gpt({'pipe': 2}))['optimizer']
 
 
 @pytest.mark.parametrize('remat,most', [('none', 1.5), pytest.param('full', 2.4, marks=pytest.mark.slow)])

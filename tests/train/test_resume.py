@@ -9,7 +9,7 @@ from fake_program import FakeLoader, lines, run, stored
 
 from lmscale import config as config_lib
 from lmscale.errors import ConfigError
-from lmscale.train import checkpoint, loop
+from lmscale.train import checkpoint, loop, resume
 
 KEEP = {'loop.keep': 2, 'loop.eval_every': 0, 'loop.sample_every': 0, 'train.steps': 9}  # checkpoints of steps 6 and 9
 LONGER = KEEP | {'optimizer.decay_tokens': 10**6, 'train.steps': 12}
@@ -197,3 +197,9 @@ def test_a_run_does_not_start_from_parameters_of_another_function(copy, tmp_path
   assert run(tmp_path / 'new', start) == loop.DONE
   assert f'starting from the parameters of {copy} at step 6' in capsys.readouterr().err
   assert (copy / 'checkpoints' / '9').is_dir()  # of another run nothing is touched
+
+
+def test_a_resumed_run_may_change_its_pipeline(tmp_path):
+  old = config_lib.Config()
+  new = config_lib.from_dict({'mesh': {'pipe': 2, 'schedule': 'interleaved', 'virtual': 2}})
+  assert resume.check_config(old, new, 3, tmp_path) == []
