@@ -3,7 +3,7 @@
 from lmscale.config.fields import Config
 from lmscale.errors import ConfigError
 
-MOST_TASKS = 2**20  # of a step: its timetable is made and checked task by task
+MOST_TASKS = 2**19  # of a step: its timetable is made and checked task by task
 
 
 def check_stages(config: Config) -> None:

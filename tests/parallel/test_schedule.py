@@ -156,6 +156,10 @@ def test_what_is_wrong_is_said():
     (changed(table, 0, 0, forward_chunk=1), 'forward of chunk 1, microbatch 0: there is no such task'),
     (changed(table, 0, 1, backward_residual=0), 'no backward task, but a part of one'),
     (table._replace(slots=table.slots | {'residual': 2}), 'residual slot 2 of 2'),
+    (
+      changed(make_table('forward', 2, 3), 3, 0, backward_chunk=0, backward_microbatch=0),
+      'tick 3, device 0: a backward task in a forward table',
+    ),
     (make_table('forward', 2, 3)._replace(cells=table.cells), 'a residual is kept though nothing goes backward'),
   ]
   for wrong, message in cases:

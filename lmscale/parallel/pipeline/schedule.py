@@ -18,6 +18,7 @@ sequence is one more number of a task.
 """
 
 import functools
+import itertools
 
 import numpy as np
 
@@ -77,21 +78,24 @@ def pack(order: np.ndarray, phases: tuple[tuple[int, ...], ...] = ((F,), (B,))) 
   """
   pipe, tasks = order.shape[:2]
   stages, microbatches = order[..., 1].max() + 1, order[..., 2].max() + 1
-  when = np.full((2, stages + 1, microbatches), NEVER)
-  when[:, stages] = -1  # the sender of the first stage's input and of the last one's gradient
-  devices, place, now = np.arange(pipe), np.zeros(pipe, int), 0
-  while (place < tasks).any():
-    before = place.copy()
-    for kinds in phases:
-      kind, u, j = order[devices, np.minimum(place, tasks - 1)].T
-      ready = (place < tasks) & np.isin(kind, kinds) & ((kind == F) | (when[F, u, j] <= now))
-      ready &= when[kind, np.where(kind == F, u - 1, u + 1), j] < now
-      when[kind[ready], u[ready], j[ready]] = now
-      place += ready
-    if (place == before).all():
+  when = np.full((2, stages + 1, microbatches), NEVER).tolist()  # lists: they are read one by one
+  for kind in (F, B):
+    when[kind][stages] = [-1] * microbatches  # the sender of the first stage's input and of the last one's gradient
+  orders, place, now = order.tolist(), [0] * pipe, 0
+  while min(place) < tasks:
+    begun = sum(place)
+    for device, kinds in itertools.product(range(pipe), phases):
+      if place[device] == tasks:
+        continue
+      kind, u, j = orders[device][place[device]]
+      sent = when[kind][u - 1 if kind == F else u + 1][j] < now
+      if kind in kinds and sent and (kind == F or when[F][u][j] <= now):
+        when[kind][u][j] = now
+        place[device] += 1
+    if sum(place) == begun:
       raise ValueError(f'the orders deadlock in tick {now}: every device waits for another')
     now += 1
-  return when[:, :stages]
+  return np.array(when)[:, :stages]
 
 
 def allocate(schedule: str, pipe: int, when: np.ndarray) -> Table:
