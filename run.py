@@ -84,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     help='several processes: how much later than each other they may start; default: %(default).0f',
   )
   parser.add_argument('--json', action='store_true', help='print JSON (with --job=plan)')
+  parser.add_argument('--svg', metavar='FILE', help='draw the timetable of a pipeline (with --job=plan)')
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   return parser
 
@@ -106,6 +107,8 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str
   if flags.json and not jobs.JOBS[flags.job].json:
     able = ' or '.join(f'--job={name}' for name, job in jobs.JOBS.items() if job.json)
     raise ConfigError(f'--json: only with {able}')
+  if flags.svg and flags.job != 'plan':
+    raise ConfigError('--svg: only with --job=plan')
   return flags, overrides
 
 

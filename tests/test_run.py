@@ -64,6 +64,9 @@ def listing(folder: pathlib.Path) -> list[str]:
     (['--jsn'], ['--jsn', '--json']),
     (['--job=pln'], ['--job', 'plan']),
     (['--json'], ['--json', '--job=plan']),
+    (['--svg=a.svg'], ['--svg', '--job=plan']),
+    (['--job=plan', '--svg=a.svg'], ['--svg', 'mesh.pipe is 1']),
+    (['--job=plan', '--svg=nowhere/a.svg', '--config.mesh.pipe=2'], ['--svg', 'nowhere/a.svg', 'No such file']),
     (['--workdir'], ['--workdir']),
     # row 3: negative, zero, not finite, beyond the run
     (['--config.train.steps=-5'], ['train.steps', '-5']),

@@ -2,13 +2,16 @@
 
 import argparse
 import json
+import pathlib
 
 import jax
 
-from lmscale.config import Config, check_mesh, fill_data
+from lmscale.config import Config, ConfigError, check_mesh, fill_data
 from lmscale.exit_codes import DONE
 from lmscale.plan.activations import check_kernels
+from lmscale.plan.pipeline import step_table
 from lmscale.plan.report import format_report, make_report
+from lmscale.plan.timetable import draw
 
 
 def run(config: Config, flags: argparse.Namespace) -> int:
@@ -17,6 +20,17 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   config = fill_data(config, config.mesh.pipe * config.mesh.tensor)
   check_mesh(config)
   check_kernels(config)
+  if flags.svg:
+    _draw(config, pathlib.Path(flags.svg))
   report = make_report(config)
   print(json.dumps(report, indent=2) if flags.json else format_report(report))
   return DONE
+
+
+def _draw(config: Config, path: pathlib.Path) -> None:
+  if config.mesh.pipe == 1:
+    raise ConfigError('--svg: mesh.pipe is 1, so there is no timetable to draw; set mesh.pipe above 1 or leave --svg out')
+  try:
+    draw(step_table(config), path)
+  except OSError as error:
+    raise ConfigError(f'--svg: {path} cannot be written: {error.strerror}') from error

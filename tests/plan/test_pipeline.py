@@ -7,8 +7,9 @@ import pytest
 
 from lmscale.config import Config, fill_data, from_dict, recipes
 from lmscale.parallel.pipeline.schedule import SCHEDULES, make_table
-from lmscale.plan.pipeline import WIDTH, pipeline_report, timetable
+from lmscale.plan.pipeline import pipeline_report
 from lmscale.plan.report import format_report, make_report
+from lmscale.plan.timetable import WIDTH, draw, timetable
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
@@ -77,6 +78,15 @@ def test_a_large_picture_is_cut():
   assert max(map(len, lines)) <= WIDTH
   assert ' .. ' in lines[0] and lines[0].endswith(' 541') and lines[1].startswith('device 0   F   0   1   2')
   assert lines[2].endswith('510 511')
+
+
+def test_the_drawing(tmp_path):
+  draw(make_table('interleaved', 2, 2, 2), path := tmp_path / 'a.svg')
+  text = path.read_text()
+  assert 'interleaved: 2 devices * 2 stages, 2 microbatches, bubble 25.0%' in text and '>backward<' in text
+  draw(make_table('1f1b', 30, 290), path)  # cut: not a rectangle for each of 17,400 tasks
+  assert 'bubble 10.0%' in path.read_text() and path.stat().st_size < 2_000_000
+  assert [p.name for p in tmp_path.iterdir()] == ['a.svg']
 
 
 def test_report():
