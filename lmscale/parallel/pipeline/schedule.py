@@ -130,7 +130,7 @@ def allocate(schedule: str, pipe: int, when: np.ndarray) -> Table:
 def colour(first: np.ndarray, last: np.ndarray) -> np.ndarray:
   """A slot for each interval [first, last], none for two that touch, as few as possible. int [intervals]
 
-  With n at most at a time, at the k-th beginning k - n have ended: it takes the slot of the (k - n)-th that ended.
+  With n at most at a time, at the k-th beginning more than k - n have ended: it takes the slot of the (k - n)-th that ended.
   """
   begun, ended = np.argsort(first, kind='stable'), np.argsort(last, kind='stable')
   gone = np.searchsorted(last[ended], first[begun])  # ended before each beginning
