@@ -2,12 +2,16 @@
 
 import ctypes
 import gc
+import importlib.metadata
 import os
 import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # The tests compile far more than they run.
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
+QUICK = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+if importlib.metadata.version('jaxlib') < '0.11':  # later versions do not know it
+  QUICK += ' --xla_cpu_use_fusion_emitters=false'
+os.environ.setdefault('XLA_FLAGS', QUICK)
 
 import jax
 

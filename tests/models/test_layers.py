@@ -15,8 +15,6 @@ from lmscale.models import model, stack
 from lmscale.models.context import Context, plain_context
 from lmscale.models.layers.attention import rope
 
-KINDS = {'M': 'M', 'm': 'm', '*': '*', '-': '-', 'all': 'M-m*'}
-
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens, positions=None, segments=None):
@@ -29,8 +27,8 @@ def _init(config, dtype=jnp.float32):
   return jax.jit(functools.partial(model.init_layers, config, 0, dtype))()
 
 
-@pytest.mark.parametrize('pattern', KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize('positions', ['rope', 'learned'])
+# Positions in the layers are attention's; learned ones are the embedding's, whatever follows.
+@pytest.mark.parametrize(('pattern', 'positions'), [*((kind, 'rope') for kind in 'mM*-'), ('*', 'learned')])
 def test_packed_documents_equal_documents_alone(pattern, positions):
   config = tiny.change(tiny.MODEL, pattern=pattern, positions=positions, max_positions=16)
   with jax.enable_x64(True):

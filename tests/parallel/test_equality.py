@@ -76,11 +76,14 @@ def _result(data, tensor, zero, sequence_parallel, name, dtype, remat='full'):
     return float(loss), jax.tree.map(np.asarray, grads)
 
 
-# float64 tells right from wrong in every layout; float32 compiles the same programs once more.
-QUICK = [LAYOUTS[i] for i in (11,)]
-CASES = [(layout, 'float64', 1e-10) for layout in LAYOUTS] + [(layout, 'float32', 1e-5) for layout in QUICK]
+# Every stage, `tensor` with and without the sequence, and groups that do not divide, at least once; the rest is a proof of scale.
+QUICK = [LAYOUTS[i] for i in (1, 3, 5, 7, 8, 11, 12, 13)]
+CASES = [(layout, 'float64', 1e-10) for layout in QUICK]
 CASES += [
-  pytest.param(layout, 'float32', 1e-5, marks=pytest.mark.scale) for layout in LAYOUTS if layout not in QUICK
+  pytest.param(layout, dtype, bound, marks=pytest.mark.scale)
+  for dtype, bound in (('float64', 1e-10), ('float32', 1e-5))
+  for layout in LAYOUTS
+  if dtype == 'float32' or layout not in QUICK
 ]
 
 
@@ -95,7 +98,7 @@ def test_layout_equals_one_device(layout, dtype, bound):
   assert error <= bound, (leaf, error)
 
 
-@pytest.mark.parametrize('remat', ['none', 'selective'])
+@pytest.mark.parametrize('remat', [pytest.param('none', marks=pytest.mark.scale), 'selective'])
 def test_remat_changes_nothing_on_a_mesh(remat):
   loss, grads = _result(4, 2, 3, False, 'even', 'float64', remat)
   reference_loss, reference = _result(1, 1, 0, False, 'even', 'float64')
