@@ -58,7 +58,7 @@ def test_matches_numpy_loop(segments, k, assert_close):
     got = run(arguments, ids)
     assert_close(got, loop(**jax.tree.map(np.asarray, arguments), segment_ids=ids), 1e-14)
     if segments == 'one':
-      assert_close(run(arguments), got, 0)
+      assert_close(run(arguments), got, 1e-14)
 
 
 def test_no_window_is_a_window_of_zeros(assert_close):
