@@ -15,7 +15,7 @@ activations and temporaries. With pipe > 1 the figures are those of the fullest 
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmscale.config import Config
 from lmscale.models.stacking import make_stacking
@@ -29,14 +29,33 @@ from lmscale.plan.pipeline import microbatches, stage_layers, step_table
 BYTES = {'bfloat16': 2, 'float32': 4, 'float64': 8}
 
 
-def zero_bytes(parameters: float, data: int, stage: int) -> float:
-  """Model-state bytes per device in the ZeRO paper's accounting: 2 parameters, 2 gradients, 12 optimizer.
+class Widths(NamedTuple):
+  """Bytes of one parameter in each part of the state. stored_copy: ZeRO 3 keeps its cut of the compute copy, too."""
 
-  arXiv 1910.02054, table 1: stage 0 16 P, 1 4 P + 12 P / N, 2 2 P + 14 P / N, 3 16 P / N. Ours differs, see
-  `bytes_per_device`: gradients are fp32 by default and the compute copy is counted beside the master.
+  master: int
+  copy: int
+  gradient: int
+  moments: int
+  stored_copy: bool = False
+
+
+PAPER = Widths(master=4, copy=2, gradient=2, moments=8, stored_copy=True)  # arXiv 1910.02054, section 3.1
+
+
+def state_bytes(stored: float, whole: float, stage: int, widths: Widths) -> tuple[float, float, float]:
+  """Bytes of (parameters, gradients, optimizer) of a device under a stage of ZeRO.
+
+  stored: parameters that it keeps, whole: of how many that is its share.
   """
-  kept = (16, 4, 2, 0)[stage]
-  return parameters * (kept + (16 - kept) / data)
+  copies = whole if stage < 3 else stored if widths.stored_copy else 0
+  parameters = stored * widths.master + copies * widths.copy
+  return parameters, widths.gradient * (stored if stage >= 2 else whole), stored * widths.moments
+
+
+def zero_bytes(parameters: float, data: int, stage: int, widths: Widths = PAPER) -> float:
+  """Model-state bytes per device over `data` ranks; in the widths of ZeRO's paper its table 1: stage 0 16 P, 1 4 P + 12 P / N,
+  2 2 P + 14 P / N, 3 16 P / N."""
+  return sum(state_bytes(parameters / data if stage else parameters, parameters, stage, widths))
 
 
 def bytes_per_device(config: Config) -> dict[str, int]:
@@ -52,16 +71,15 @@ def _device_bytes(
   config: Config, device: int, groups: list[list[LeafLayout]], layers: list[int], held: int
 ) -> dict[str, int]:
   leaves = [leaf for group in groups for leaf in group]
-  master = BYTES['float64' if config.train.compute_dtype == 'float64' else 'float32']
-  grad = max(BYTES[config.train.grad_dtype], master if master == 8 else 0)
-  stored = sum(_elements(config, leaf) for leaf in leaves)
-  whole = sum(_elements(config, leaf, data=False) for leaf in leaves)
+  sizes = [(_elements(config, leaf), _elements(config, leaf, data=False)) for leaf in leaves]
+  states = (state_bytes(*size, config.mesh.zero, _widths(config, leaf)) for size, leaf in zip(sizes, leaves, strict=True))
+  parameters, gradients, optimizer = (sum(part) for part in zip(*states, strict=True))
   result = {
-    'parameters': stored * master + (_copy_bytes(config, leaves) if config.mesh.zero < 3 else 0),
-    'gradients': grad * (stored if config.mesh.zero >= 2 else whole),
-    'optimizer': 2 * stored * master,
+    'parameters': parameters,
+    'gradients': gradients,
+    'optimizer': optimizer,
     'activations': held + _working_bytes(config, device, layers),
-    'temporaries': _temporary_bytes(config, groups, device, grad, stored, whole),
+    'temporaries': _temporary_bytes(config, groups, device, *(sum(part) for part in zip(*sizes, strict=True))),
   }
   return {**result, 'total': sum(result.values())}
 
@@ -84,21 +102,23 @@ def _elements(config: Config, leaf: LeafLayout, data: bool = True) -> int:
   return leaf.spec.size // math.prod(cuts)
 
 
+def _widths(config: Config, leaf: LeafLayout) -> Widths:
+  """Of a parameter: master and moments in float32 (float64 in a float64 run), and a copy unless it is used as it is stored."""
+  compute = BYTES[config.train.compute_dtype]
+  master, copy = max(compute, 4), max(compute, 4) if leaf.spec.full_precision else compute
+  gradient = max(BYTES[config.train.grad_dtype], master if master == 8 else 0)
+  return Widths(master, copy if leaf.data_dim is not None or copy < 4 else 0, gradient, 2 * master)
+
+
 def _copy_bytes(config: Config, leaves: Iterable[LeafLayout]) -> int:
-  """The compute copy of these parameters, whole but for `tensor`; nothing for a leaf that is used as it is stored."""
-  compute, total = BYTES[config.train.compute_dtype], 0
-  for leaf in leaves:
-    width = max(compute, 4) if leaf.spec.full_precision else compute
-    if leaf.data_dim is not None or width < 4:
-      total += width * _elements(config, leaf, data=False)
-  return total
+  """The compute copy of these parameters, whole but for `tensor`."""
+  return sum(_widths(config, leaf).copy * _elements(config, leaf, data=False) for leaf in leaves)
 
 
-def _temporary_bytes(
-  config: Config, groups: list[list[LeafLayout]], device: int, grad: int, stored: int, whole: int
-) -> int:
+def _temporary_bytes(config: Config, groups: list[list[LeafLayout]], device: int, stored: int, whole: int) -> int:
   train, zero = config.train, config.mesh.zero
   compute = BYTES[train.compute_dtype]
+  grad = _widths(config, groups[0][0]).gradient
   several = microbatches(config) > 1
   if zero == 3:
     largest = max(_copy_bytes(config, group) for group in groups)
