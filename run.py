@@ -38,6 +38,7 @@ from lmscale.processes.interrupt import AT_ONCE
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'quickstart.py'
 UNPRINTABLE = r'[^\x20-\x7e\xa0-\U0010ffff]'
+PLANS = ('svg', 'compile')  # flags of --job=plan alone
 EXTRAS = {'lm_eval': 'eval', 'transformers': 'hf', 'torch': 'hf'}  # imported package -> the extra that brings it
 
 
@@ -85,6 +86,13 @@ def make_parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--json', action='store_true', help='print JSON (with --job=plan)')
   parser.add_argument('--svg', metavar='FILE', help='draw the timetable of a pipeline (with --job=plan)')
+  parser.add_argument(
+    '--compile',
+    nargs='?',
+    const='cpu',
+    metavar='TARGET',
+    help='compile the step ahead of time (with --job=plan): cpu, whose devices are emulated, A100, H100, H200 or v5p; default: cpu',
+  )
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   return parser
 
@@ -107,8 +115,9 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str
   if flags.json and not jobs.JOBS[flags.job].json:
     able = ' or '.join(f'--job={name}' for name, job in jobs.JOBS.items() if job.json)
     raise ConfigError(f'--json: only with {able}')
-  if flags.svg and flags.job != 'plan':
-    raise ConfigError('--svg: only with --job=plan')
+  for name in PLANS:
+    if getattr(flags, name) and flags.job != 'plan':
+      raise ConfigError(f'--{name}: only with --job=plan')
   return flags, overrides
 
 

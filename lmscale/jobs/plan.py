@@ -8,6 +8,7 @@ import jax
 
 from lmscale.config import Config, ConfigError, check_mesh, fill_data
 from lmscale.exit_codes import DONE
+from lmscale.jobs import ahead
 from lmscale.plan.activations import check_kernels
 from lmscale.plan.pipeline import step_table
 from lmscale.plan.report import format_report, make_report
@@ -19,10 +20,14 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   jax.config.update('jax_platforms', 'cpu')  # shapes only, but tracing them must not take hold of an accelerator
   config = fill_data(config, config.mesh.pipe * config.mesh.tensor)
   check_mesh(config)
+  if flags.compile:
+    ahead.prepare(config, flags.compile)
   check_kernels(config)
   if flags.svg:
     _draw(config, pathlib.Path(flags.svg))
   report = make_report(config)
+  if flags.compile:
+    report['compiled'] = ahead.compile_step(config, flags.compile)
   print(json.dumps(report, indent=2) if flags.json else format_report(report))
   return DONE
 

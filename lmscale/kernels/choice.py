@@ -1,13 +1,33 @@
 """Which implementation of an operation runs: the one that is named, or the best one here."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+
+_target: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar('target', default=None)
+
+
+@contextlib.contextmanager
+def tracing_for(device: jax.Device) -> Iterator[None]:
+  """Within it programs are traced for devices like `device`, which need not be here (ahead-of-time compilation)."""
+  token = _target.set(device)
+  try:
+    yield
+  finally:
+    _target.reset(token)
+
+
+def backend() -> str:
+  """What programs run on: 'cpu', 'gpu' or 'tpu'."""
+  device = _target.get()
+  return jax.default_backend() if device is None else {'cuda': 'gpu'}.get(device.platform, device.platform)
 
 
 def nvidia() -> bool:
   """Whether programs run on an NVIDIA GPU; those before Ampere have other names and no kernels of ours."""
-  return jax.default_backend() == 'gpu' and jax.devices()[0].device_kind.startswith('NVIDIA')
+  return backend() == 'gpu' and (_target.get() or jax.devices()[0]).device_kind.startswith('NVIDIA')
 
 
 def choose(

@@ -19,7 +19,9 @@ def _forward(x, kernel):
 
 def _backward(saved, dy):
   x, kernel = saved
-  return dy @ kernel.T, x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
+  # One flat dy for both uses: of a dy and a reshaped one the partitioner would gather each.
+  dy = dy.reshape(-1, dy.shape[-1])
+  return (dy @ kernel.T).reshape(x.shape), x.reshape(-1, x.shape[-1]).T @ dy
 
 
 linear.defvjp(_forward, _backward)

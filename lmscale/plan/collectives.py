@@ -1,6 +1,7 @@
-"""Reads the collectives out of a compiled program's text: which, over which mesh axis, how large, inside a loop or not."""
+"""Reads the collectives out of a compiled program's text: which, over which mesh axis, how large, and how often."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
-_OP = re.compile(rf'= (?P<type>.*?) (?P<kind>{"|".join(KINDS)})(?:-start)?\(')
+_OP = re.compile(rf'= (?P<type>.*?) (?P<kind>{"|".join(KINDS)})(?P<start>-start)?\(')
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?(?P<name>[\w.\-]+) .*\{$')
 _CALLED = re.compile(r'(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'(?:branch_computations|called_computations|calls)=\{([^}]*)\}')
@@ -20,26 +21,53 @@ _LISTED = re.compile(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective instruction. axes: the mesh axes over which it talks; elements: of its result, on one device."""
+  """One collective instruction.
+
+  axes: the mesh axes over which it talks; ranks: devices in a group; elements, bytes: of its result, on one device; times: how often
+  it runs in the program; in_loop: whether that is in a loop.
+  """
 
   kind: str
   axes: tuple[str, ...]
+  ranks: int
   elements: int
+  bytes: int
+  times: int
   in_loop: bool
   line: str
 
+  @property
+  def received(self) -> float:
+    """Bytes that a device receives, all times together, where the group is a ring: the least that there is."""
+    whole = self.bytes * self.ranks if self.kind == 'reduce-scatter' else self.bytes
+    return self.times * ring_bytes(self.kind, whole, self.ranks)
 
-def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
-  """The collectives of `compiled.as_text()`. `mesh` names the device groups; its devices must be in id order."""
+
+def ring_bytes(kind: str, size: float, ranks: int) -> float:
+  """Bytes that each of `ranks` devices receives in a ring, of an array of `size` bytes before it is scattered or once it is gathered.
+
+  An all-reduce is a reduce-scatter and an all-gather.
+  """
+  return size if kind == 'collective-permute' else size * (ranks - 1) / ranks * (2 if kind == 'all-reduce' else 1)
+
+
+def read_collectives(text: str, mesh: Mesh, unknown: int = 1) -> list[Collective]:
+  """The collectives of `compiled.as_text()`.
+
+  mesh: names the device groups; its devices must be in id order. unknown: how often a loop runs whose end is not in the text.
+  """
   computations = _split(text)
-  looped = _reachable(computations, {m for lines in computations.values() for m in _bodies(lines)})
+  times, looped = _count(computations, unknown)
   found = []
   for name, lines in computations.items():
     for line in lines:
       match = _OP.search(line)
       if match:
-        axes = _axes(line, mesh)
-        found.append(Collective(match['kind'], axes, _elements(match['type']), name in looped, line.strip()))
+        groups = _groups(line)
+        sizes = _results(match['kind'] if match['start'] else '', match['type'])
+        elements, size = sum(n for n, _ in sizes), sum(n * width for n, width in sizes)
+        what = match['kind'], _axes(line, groups, mesh), len(groups[0]) if groups else 0
+        found.append(Collective(*what, elements, size, times.get(name, 0), name in looped, line.strip()))
   return [c for c in found if c.axes]
 
 
@@ -55,28 +83,65 @@ def _split(text: str) -> dict[str, list[str]]:
   return computations
 
 
-def _bodies(lines: list[str]) -> list[str]:
-  return [name for line in lines if ' while(' in line for name in re.findall(r'(?:body|condition)=%?([\w.\-]+)', line)]
+def _count(computations: dict[str, list[str]], unknown: int) -> tuple[dict[str, int], set[str]]:
+  """How often each computation runs, each branch whenever its conditional does, and those that run in a loop."""
+  calls = {name: [call for line in lines for call in _calls(line, computations, unknown)] for name, lines in computations.items()}
+  callers = {name: [(n, caller) for caller, called in calls.items() for other, n in called if other == name] for name in calls}
+  looped: set[str] = set()
+
+  @functools.cache
+  def times(name: str) -> int:
+    return sum((n or 1) * times(caller) for n, caller in callers[name]) if callers[name] else 1
+
+  def mark(name: str, inside: bool) -> None:
+    if not inside or name not in looped:
+      looped.update([name] if inside else [])
+      for other, n in calls[name]:
+        mark(other, inside or n is not None)
+
+  for name in [name for name in calls if not callers[name]]:
+    mark(name, False)
+  return {name: times(name) for name in calls}, looped
 
 
-def _reachable(computations: dict[str, list[str]], roots: set[str]) -> set[str]:
-  seen: set[str] = set()
-  todo = list(roots)
-  while todo:
-    name = todo.pop()
-    if name in seen:
-      continue
-    seen.add(name)
-    for line in computations.get(name, []):
-      todo += _CALLED.findall(line)
-      for group in _BRANCHES.findall(line):
-        todo += [part.strip().lstrip('%') for part in group.split(',')]
-  return seen
+def _calls(line: str, computations: dict[str, list[str]], unknown: int) -> list[tuple[str, int | None]]:
+  """(computation, how often: None but for a loop's) that an instruction runs."""
+  names = _CALLED.findall(line)
+  for group in _BRANCHES.findall(line):
+    names += [part.strip().lstrip('%') for part in group.split(',')]
+  trips = _trips(line, computations, unknown) if ' while(' in line else None
+  return [(name, trips) for name in names if name in computations]
 
 
-def _elements(result: str) -> int:
-  shapes = re.findall(r'\w+\[([\d,]*)\]', result)
-  return sum(math.prod(int(n) for n in shape.split(',') if n) for shape in shapes)
+def _trips(line: str, computations: dict[str, list[str]], unknown: int) -> int:
+  """How often a loop runs: as the compiler says, or the constant that its condition compares with."""
+  if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line):
+    return int(known[1])
+  condition = computations.get(re.search(r'condition=%?([\w.\-]+)', line)[1], [])
+  constants = [int(n) for part in condition for n in re.findall(r's32\[\][^=]* constant\((\d+)\)', part)]
+  return max(constants, default=unknown)
+
+
+def _results(started: str, result: str) -> list[tuple[int, int]]:
+  """(elements, bytes of each) of the arrays of an instruction's type. Those `started` to run beside others, all-reduce
+  excepted, return their operands and then their results."""
+  result = re.sub(r'\{[^}]*\}|/\*.*?\*/', '', result)
+  if started and started != 'all-reduce':
+    result = _parts(result)[1]
+  shapes = re.findall(r'([a-z]+)(\d*)\w*\[([\d,]*)\]', result)
+  return [(math.prod(int(n) for n in shape.split(',') if n), max(1, int(bits or 8) // 8)) for _, bits, shape in shapes]
+
+
+def _parts(text: str) -> list[str]:
+  """The elements of a tuple type."""
+  parts, depth = [''], 0
+  for letter in text.strip()[1:-1]:
+    depth += (letter in '([') - (letter in ')]')
+    if letter == ',' and not depth:
+      parts.append('')
+    else:
+      parts[-1] += letter
+  return parts
 
 
 def _mesh_groups(dims: str, device_ids: str | None, used: str) -> list[list[int]]:
@@ -114,9 +179,8 @@ def _groups(line: str) -> list[list[int]]:
   return [[int(n) for n in group.split(',') if n] for group in re.findall(r'\{([\d,]*)\}', listed[1])] if listed else []
 
 
-def _axes(line: str, mesh: Mesh) -> tuple[str, ...]:
+def _axes(line: str, groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
   """The mesh axes along which the members of some group differ."""
-  groups = _groups(line)
   if not groups:
     raise ValueError(f'no device groups understood in {line.strip()[:200]!r}')
   coordinates = {i: np.unravel_index(i, mesh.devices.shape) for i in range(mesh.size)}

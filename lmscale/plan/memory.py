@@ -60,19 +60,24 @@ def zero_bytes(parameters: float, data: int, stage: int, widths: Widths = PAPER)
 
 def bytes_per_device(config: Config) -> dict[str, int]:
   """Bytes on the fullest device, by the groups of the module's docstring, and their `total`. mesh.data must be known."""
-  devices = device_layers(stage_layers(config), config.mesh.pipe)
+  layers = device_layers(stage_layers(config), config.mesh.pipe)
+  each = enumerate(zip(device_parameters(config), layers, activations_held(config), strict=True))
+  return max((_device_bytes(config, device, *parts) for device, parts in each), key=lambda plan: plan['total'])
+
+
+def device_parameters(config: Config) -> list[list[list[LeafLayout]]]:
+  """The parameters of each device of a pipeline, grouped by what is gathered together: each layer, embedding, final norm, head."""
   layout = make_layout(config, make_stacking(config.model.layers, 'unrolled'), make_rules(config))
-  each = zip(devices, activations_held(config), strict=True)
-  plans = (_device_bytes(config, i, _device_leaves(config, layout, i, layers), layers, held) for i, (layers, held) in enumerate(each))
-  return max(plans, key=lambda plan: plan['total'])
+  devices = device_layers(stage_layers(config), config.mesh.pipe)
+  return [_device_leaves(config, layout, device, layers) for device, layers in enumerate(devices)]
 
 
 def _device_bytes(
   config: Config, device: int, groups: list[list[LeafLayout]], layers: list[int], held: int
 ) -> dict[str, int]:
   leaves = [leaf for group in groups for leaf in group]
-  sizes = [(_elements(config, leaf), _elements(config, leaf, data=False)) for leaf in leaves]
-  states = (state_bytes(*size, config.mesh.zero, _widths(config, leaf)) for size, leaf in zip(sizes, leaves, strict=True))
+  sizes = [(local_elements(config, leaf), local_elements(config, leaf, data=False)) for leaf in leaves]
+  states = (state_bytes(*size, config.mesh.zero, leaf_widths(config, leaf)) for size, leaf in zip(sizes, leaves, strict=True))
   parameters, gradients, optimizer = (sum(part) for part in zip(*states, strict=True))
   result = {
     'parameters': parameters,
@@ -85,7 +90,6 @@ def _device_bytes(
 
 
 def _device_leaves(config: Config, layout: dict[str, Any], device: int, layers: list[int]) -> list[list[LeafLayout]]:
-  """The parameters of a device, grouped by what is gathered together: each layer, the embedding, final norm, head."""
   groups: list[dict[str, LeafLayout]] = [layout['layers'][i][0] for i in layers]
   first, last = device == 0, device == config.mesh.pipe - 1
   if first or (last and config.model.tied):
@@ -95,14 +99,14 @@ def _device_leaves(config: Config, layout: dict[str, Any], device: int, layers: 
   return [list(group.values()) for group in groups]
 
 
-def _elements(config: Config, leaf: LeafLayout, data: bool = True) -> int:
+def local_elements(config: Config, leaf: LeafLayout, data: bool = True) -> int:
   """Elements of a parameter on one device; `data=False` before ZeRO cuts it."""
   cuts = [config.mesh.tensor for axis in leaf.tensor if axis == 'tensor']
   cuts += [config.mesh.data] if data and leaf.data_dim is not None else []
   return leaf.spec.size // math.prod(cuts)
 
 
-def _widths(config: Config, leaf: LeafLayout) -> Widths:
+def leaf_widths(config: Config, leaf: LeafLayout) -> Widths:
   """Of a parameter: master and moments in float32 (float64 in a float64 run), and a copy unless it is used as it is stored."""
   compute = BYTES[config.train.compute_dtype]
   master, copy = max(compute, 4), max(compute, 4) if leaf.spec.full_precision else compute
@@ -112,13 +116,13 @@ def _widths(config: Config, leaf: LeafLayout) -> Widths:
 
 def _copy_bytes(config: Config, leaves: Iterable[LeafLayout]) -> int:
   """The compute copy of these parameters, whole but for `tensor`."""
-  return sum(_widths(config, leaf).copy * _elements(config, leaf, data=False) for leaf in leaves)
+  return sum(leaf_widths(config, leaf).copy * local_elements(config, leaf, data=False) for leaf in leaves)
 
 
 def _temporary_bytes(config: Config, groups: list[list[LeafLayout]], device: int, stored: int, whole: int) -> int:
   train, zero = config.train, config.mesh.zero
   compute = BYTES[train.compute_dtype]
-  grad = _widths(config, groups[0][0]).gradient
+  grad = leaf_widths(config, groups[0][0]).gradient
   several = microbatches(config) > 1
   if zero == 3:
     largest = max(_copy_bytes(config, group) for group in groups)

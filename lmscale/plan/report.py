@@ -10,6 +10,7 @@ from lmscale.plan.flops import flops_per_token, flops_per_token_paper
 from lmscale.plan.memory import bytes_per_device
 from lmscale.plan.parameters import parameters_by_kind
 from lmscale.plan.pipeline import pipeline_report
+from lmscale.plan.traffic import step_traffic
 
 ENOUGH = 0.99  # of the parameters cut by ZeRO: what is left over is small
 NEAR = 8  # how far from mesh.data another size is looked for
@@ -41,6 +42,7 @@ def make_report(config: Config) -> dict[str, Any]:
     'zero_share': zero_share(config),
     'zero_advice': zero_advice(config),
     'bytes_per_device': bytes_per_device(config),
+    'traffic': step_traffic(config),
     **({'pipeline': pipeline_report(config)} if config.mesh.pipe > 1 else {}),
   }
 
@@ -72,8 +74,10 @@ def format_report(report: dict[str, Any]) -> str:
     ('bytes per device', '', 'estimate; the fullest device'),
   ]
   rows += [(f'  {group}', size(n), '') for group, n in report['bytes_per_device'].items()]
+  rows += _traffic_rows(report['traffic'])
   pipeline = report.get('pipeline')
   rows += _pipeline_rows(pipeline) if pipeline else []
+  rows += _compiled_rows(report) if 'compiled' in report else []
   left = max(len(row[0]) for row in rows)
   middle = max(len(row[1]) for row in rows)
   head = f'{report["name"]}: {_short_pattern(report["pattern"])}'
@@ -94,6 +98,30 @@ def _pipeline_rows(pipeline: dict[str, Any]) -> list[tuple[str, str, str]]:
     ('  layers', f'{max(map(len, pipeline["layers"]))}', f'by stage {sizes}'),
     ('', '', pipeline['cut']),
   ]
+
+
+def _traffic_rows(traffic: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
+  rows = [('sent per step', '', 'what the fullest device receives, by axis')] if traffic else []
+  for axis, kinds in traffic.items():
+    rows.append((f'  {axis}', size(sum(kinds.values())), ', '.join(f'{kind} {size(n)}' for kind, n in kinds.items())))
+  return rows
+
+
+def _compiled_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+  compiled, plan = report['compiled'], report['bytes_per_device']
+  used, state, seconds = compiled['bytes'], compiled['state'], compiled['seconds']
+  exact = 'the plan says the same' if state['equal'] else f'the plan says {size(state["plan"])}'
+  rows = [
+    ('compiled for', f'{compiled["devices"]:,}', f'{compiled["device_kind"]}, lowered in {seconds["lower"]:.0f} s, compiled in {seconds["compile"]:.0f} s'),
+    ('  arguments', size(used['arguments']), f'{state["arguments"]:,} B of them parameters and optimizer: {exact}'),
+    ('  temporaries', size(used['temporaries']), f'and outputs that are no arguments {size(used["outputs"] - used["aliased"])}'),
+    ('  total', size(used['total']), f'{used["total"] / plan["total"]:.2f} of the plan'),
+  ]
+  for axes, kinds in compiled['collectives'].items():
+    sent, formula = sum(k['bytes'] for k in kinds.values()), sum(report['traffic'].get(axes, {}).values())
+    beside = f'{sent / formula:.2f} of the plan; ' if formula else ''
+    rows.append((f'  sent, {axes}', size(sent), beside + ', '.join(f'{n["count"]:,} {kind}' for kind, n in kinds.items())))
+  return rows
 
 
 def _repeats(values: list[int], most: int = 60) -> str:

@@ -52,7 +52,35 @@ ENTRY %main (x: f32[]) -> f32[] {
   %w = f32[] while(%x), condition=%cond, body=%body
   %r = f32[4] all-reduce(%x), replica_groups={{0,1}}
 }"""
-  assert [c.in_loop for c in read_collectives(text, _mesh(1, 2))] == [True, False]
+  found = read_collectives(text, _mesh(1, 2), unknown=5)
+  assert [(c.in_loop, c.times) for c in found] == [(True, 5), (False, 1)]
+
+
+def test_how_often_and_how_much():
+  """Nested loops, one with its count beside it and one with a constant in its condition; results behind their operands."""
+  text = """%row (x: f32[]) -> f32[] {
+  %g = (bf16[2,3]{1,0:T(8,128)(2,1)}, bf16[4,3]{1,0}) all-gather-start(%x), replica_groups={{0,1}}, dimensions={0}
+  %s = ((f32[4]{0}, f32[8]{0}), (f32[2]{0}, /*index=1*/f32[4]{0})) reduce-scatter-start(%x, %y), replica_groups={{0,1}}
+}
+%condition.1 (x: s32[]) -> pred[] {
+  %constant.3 = s32[]{:T(128)} constant(3)
+}
+%body (x: f32[]) -> f32[] {
+  %w = f32[] while(%x), condition=%other, body=%row, backend_config={"known_trip_count":{"n":"4"}}
+  %p = (s8[6], s8[6], u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+}
+ENTRY %main (x: f32[]) -> f32[] {
+  %w = f32[] while(%x), condition=%condition.1, body=%body
+  %r = (f32[4], pred[]) all-reduce-start(%x, %y), replica_groups={{0,1}}
+}"""
+  found = read_collectives(text, _mesh(1, 2))
+  assert [(c.kind, c.elements, c.bytes, c.times, c.received) for c in found] == [
+    ('all-gather', 12, 24, 12, 12 * 12.0),
+    ('reduce-scatter', 6, 24, 12, 12 * 24),
+    ('collective-permute', 6, 6, 3, 18),
+    ('all-reduce', 5, 17, 1, 17.0),
+  ]
+  assert [(c.axes, c.ranks) for c in found[:2]] == [(('tensor',), 2)] * 2
 
 
 def _step_collectives(mesh, model_config=tiny.MODEL):

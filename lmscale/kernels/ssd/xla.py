@@ -35,6 +35,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lmscale.kernels import choice
 from lmscale.kernels.ssd import decay
 
 BLOCK_TOKENS = 256  # what is held at a time of [q, q] matrices and states; a cache's worth on a CPU
@@ -44,7 +45,7 @@ SPAN = 16  # tokens: a part of a chunk in `_over_each`
 
 def default_chunk() -> int:
   """Tokens per chunk where the caller names none: measured on a CPU; elsewhere the width of a matrix unit."""
-  return 32 if jax.default_backend() == 'cpu' else 128
+  return 32 if choice.backend() == 'cpu' else 128
 
 
 def ssd_xla(x, dt, A, B, C, D, state, document, chunk):
@@ -195,7 +196,7 @@ def _decay(exponent, mask):
 
 def _differences(high, low):
   """The log decay from token j to i, [..., i, j], see `decay`."""
-  if jax.default_backend() != 'cpu':
+  if choice.backend() != 'cpu':
     return (high[..., :, None] - high[..., None, :]) + (low[..., :, None] - low[..., None, :])
   # As a matmul of depth 4: what follows is then vectorised, the exponential above all, and takes a third of the time.
   one = jnp.ones_like(high)
