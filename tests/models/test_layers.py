@@ -14,6 +14,7 @@ import tiny
 from lmscale.models import model, stack
 from lmscale.models.context import Context, plain_context
 from lmscale.models.layers.attention import rope
+from lmscale.models.stacking import make_stacking
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -139,3 +140,35 @@ def test_initial_values_follow_the_papers():
   assert abs(mamba2['out_kernel'].std() / (0.3 / math.sqrt(6)) - 1) < 0.05
   assert abs(mamba['dt_kernel'].max() - 3**-0.5) < 0.1
   assert (mamba2['D'] == 1).all()
+
+
+def _a_log_gradients(implementation, chunk, dtype):
+  """[layer, head]: d loss / d A_log of two layers whose heads forget at once: steps of about 4, A from -1 to -16."""
+  sizes = tiny.change(tiny.MODEL.mamba2, implementation=implementation, chunk=chunk)
+  config = tiny.change(tiny.MODEL, pattern='MM', mamba2=sizes)
+  tokens = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab, (2, 64)), jnp.int32)
+  stacking = make_stacking(config.layers, 'runs')
+  with jax.enable_x64(dtype == jnp.float64):
+    params = model.init_runs(config, stacking, 0, dtype)
+    ((layers,),) = params['layers']
+    a_log = jnp.log(jnp.linspace(1, 16, 8)).astype(dtype)
+    layers |= {'dt_bias': jnp.full((2, 8), 4, dtype), 'A_log': jnp.stack([a_log, a_log])}
+
+    def loss(params):
+      hidden, _ = model.forward(config, params, tokens, plain_context(tokens), None, stacking)
+      scores = jax.nn.log_softmax(model.logits(config, params, hidden[:, :-1]))
+      return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1).mean()
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    return np.float64(gradient['layers'][0][0]['A_log'])
+
+
+def test_gradients_of_decays_of_heads_that_forget_at_once_are_no_noise():
+  """They are down to 1e-14, far below the numbers of which they must not be made as a difference: what that leaves, 1e-6
+  here, is above Adam's eps by far, and such heads would walk on it at full rate. Each head against itself in float64."""
+  want = _a_log_gradients('scan', 8, jnp.float64)
+  assert np.abs(want).min() < 1e-13 and np.abs(want).max() > 1e-4
+  for implementation, chunk in (('scan', 8), ('xla', 32)):
+    got = _a_log_gradients(implementation, chunk, jnp.float32)
+    error = np.abs(got - want) / np.abs(want)
+    assert error.max() < 3e-4, (implementation, chunk, error)
