@@ -38,7 +38,7 @@ from lmscale.processes.interrupt import AT_ONCE
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'quickstart.py'
 UNPRINTABLE = r'[^\x20-\x7e\xa0-\U0010ffff]'
-PLANS = ('svg', 'compile')  # flags of --job=plan alone
+PLANS = ('svg', 'hardware', 'compile')  # flags of --job=plan alone
 EXTRAS = {'lm_eval': 'eval', 'transformers': 'hf', 'torch': 'hf'}  # imported package -> the extra that brings it
 
 
@@ -86,6 +86,13 @@ def make_parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--json', action='store_true', help='print JSON (with --job=plan)')
   parser.add_argument('--svg', metavar='FILE', help='draw the timetable of a pipeline (with --job=plan)')
+  parser.add_argument(
+    '--hardware',
+    action='append',
+    default=[],
+    metavar='NAME',
+    help='on what to bound the time of a step (with --job=plan): A100, H100, H200, v5p or all, the default; may be repeated',
+  )
   parser.add_argument(
     '--compile',
     nargs='?',

@@ -104,6 +104,9 @@ def listing(folder: pathlib.Path) -> list[str]:
     ([f'--config={STUDY}:arch=rnn'], ['arch', 'rnn', 'hybrid, transformer']),
     ([f'--config={QUICK}:small'], ['no argument', 'small']),
     ([f'--config={STUDY}:arch=mamba2', '--config.mesh.tensor=8'], ['data', 'path', 'empty']),
+    (['--compile'], ['--compile', '--job=plan']),
+    (['--job=plan', '--compile=H300'], ['--compile', 'H300', 'cpu, A100, H100, H200, v5p']),
+    (['--job=plan', '--hardware=V100'], ['--hardware', 'V100', 'A100, H100, H200, v5p, all']),
     (['--config.data.sources.0.kind=text', '--config.data.sources.0.path=no.txt'], ['data.sources.0', 'no.txt']),
   ],
 )

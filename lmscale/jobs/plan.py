@@ -10,6 +10,7 @@ from lmscale.config import Config, ConfigError, check_mesh, fill_data
 from lmscale.exit_codes import DONE
 from lmscale.jobs import ahead
 from lmscale.plan.activations import check_kernels
+from lmscale.plan.hardware import find_hardware
 from lmscale.plan.pipeline import step_table
 from lmscale.plan.report import format_report, make_report
 from lmscale.plan.timetable import draw
@@ -17,6 +18,7 @@ from lmscale.plan.timetable import draw
 
 def run(config: Config, flags: argparse.Namespace) -> int:
   """Prints what a run needs. Devices are not touched; mesh.data = -1 counts as 1."""
+  hardware = find_hardware(flags.hardware)
   jax.config.update('jax_platforms', 'cpu')  # shapes only, but tracing them must not take hold of an accelerator
   config = fill_data(config, config.mesh.pipe * config.mesh.tensor)
   check_mesh(config)
@@ -25,7 +27,7 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   check_kernels(config)
   if flags.svg:
     _draw(config, pathlib.Path(flags.svg))
-  report = make_report(config)
+  report = make_report(config, hardware)
   if flags.compile:
     report['compiled'] = ahead.compile_step(config, flags.compile)
   print(json.dumps(report, indent=2) if flags.json else format_report(report))

@@ -2,11 +2,15 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from lmscale.config import Config, run_tokens
 from lmscale.parallel.layout import zero_share
+from lmscale.plan.bounds import bounds_report
+from lmscale.plan.executed import executed_flops
 from lmscale.plan.flops import flops_per_token, flops_per_token_paper
+from lmscale.plan.hardware import Hardware
 from lmscale.plan.memory import bytes_per_device
 from lmscale.plan.parameters import parameters_by_kind
 from lmscale.plan.pipeline import pipeline_report
@@ -16,17 +20,21 @@ ENOUGH = 0.99  # of the parameters cut by ZeRO: what is left over is small
 NEAR = 8  # how far from mesh.data another size is looked for
 
 
-def make_report(config: Config) -> dict[str, Any]:
+def make_report(config: Config, hardware: Sequence[Hardware] = ()) -> dict[str, Any]:
   """Parameters, FLOPs and bytes of a config whose mesh.data is known. Allocates nothing; values are JSON-able.
 
   Keys that scripts rely on: parameters.total, parameters.by_kind, flops_per_token, flops_per_token_paper,
   bytes_per_device.{parameters, gradients, optimizer, activations, total}, and with mesh.pipe > 1 those of `pipeline_report`
-  under pipeline. zero_share: of the parameters, cut over `data`.
+  under pipeline. zero_share: of the parameters, cut over `data`. traffic: see `step_traffic`. bounds: of a step on each `hardware`, see
+  `bounds_report`; none for a config that does not compute in bfloat16, in which their peaks are.
   """
   kinds = parameters_by_kind(config.model)
   train, seq_len = config.train, config.train.seq_len
   tokens = run_tokens(train)
   flops = flops_per_token(config.model, seq_len)
+  used, traffic = bytes_per_device(config), step_traffic(config)
+  pipeline = pipeline_report(config) if config.mesh.pipe > 1 else {}
+  named = hardware if train.compute_dtype == 'bfloat16' else ()
   return {
     'name': config.name,
     'pattern': config.model.pattern,
@@ -41,9 +49,11 @@ def make_report(config: Config) -> dict[str, Any]:
     'devices': config.mesh.size,
     'zero_share': zero_share(config),
     'zero_advice': zero_advice(config),
-    'bytes_per_device': bytes_per_device(config),
-    'traffic': step_traffic(config),
-    **({'pipeline': pipeline_report(config)} if config.mesh.pipe > 1 else {}),
+    'flops_executed_per_token': executed_flops(config),
+    'bytes_per_device': used,
+    'traffic': traffic,
+    'bounds': [bounds_report(config, of, used['total'], traffic, pipeline.get('bubble_flops', 0.0)) for of in named],
+    **({'pipeline': pipeline} if pipeline else {}),
   }
 
 
@@ -66,6 +76,7 @@ def format_report(report: dict[str, Any]) -> str:
   rows += [
     ('FLOPs per token', f'{report["flops_per_token"]:,}', 'forward + backward, causal attention halved'),
     ('  as in papers', f'{report["flops_per_token_paper"]:,}', 'attention in full'),
+    ('  executed', f'{report["flops_executed_per_token"]:,}', 'recomputation included'),
     ('tokens', f'{report["tokens"]:,}', f'{report["steps"]:,} steps, up to {report["tokens_per_step"]:,} a step'),
     ('  per parameter', f'{report["tokens"] / total:.1f}', ''),
     ('FLOPs of the run', f'{report["flops"]:.3g}', ''),
@@ -77,6 +88,7 @@ def format_report(report: dict[str, Any]) -> str:
   rows += _traffic_rows(report['traffic'])
   pipeline = report.get('pipeline')
   rows += _pipeline_rows(pipeline) if pipeline else []
+  rows += _bounds_rows(report['bounds'])
   rows += _compiled_rows(report) if 'compiled' in report else []
   left = max(len(row[0]) for row in rows)
   middle = max(len(row[1]) for row in rows)
@@ -105,6 +117,21 @@ def _traffic_rows(traffic: dict[str, dict[str, float]]) -> list[tuple[str, str, 
   for axis, kinds in traffic.items():
     rows.append((f'  {axis}', size(sum(kinds.values())), ', '.join(f'{kind} {size(n)}' for kind, n in kinds.items())))
   return rows
+
+
+def _bounds_rows(bounds: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+  rows = [('time of a step', '', 'at least, if all peaks are reached; of what takes longest')] if bounds else []
+  for b in bounds:
+    parts = {'FLOPs': b['flops'], 'memory': b['memory'], **b['sent']}
+    each = ', '.join(f'{name} {duration(seconds)}' for name, seconds in parts.items())
+    fits = '' if b['fits'] else f'; does not fit in {b["memory_bytes"] / 1e9:.0f} GB'
+    rows.append((f'  {b["hardware"]}', duration(b['seconds']), f'{each}: at most {b["mfu"]:.1%} MFU{fits}'))
+  return rows
+
+
+def duration(seconds: float) -> str:
+  """Seconds to three digits, in seconds or milliseconds."""
+  return f'{seconds:.3g} s' if seconds >= 1 else f'{1000 * seconds:.3g} ms'
 
 
 def _compiled_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:

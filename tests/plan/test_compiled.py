@@ -48,7 +48,7 @@ def test_the_compiled_step_is_the_planned_one(zero):
 @pytest.mark.parametrize(('zero', 'sequence_parallel', 'remat'), [(1, True, 'full'), (2, False, 'selective'), (3, True, 'none')])
 def test_compiled_for_gpus_that_are_not_there(zero, sequence_parallel, remat):
   """Every kind of layer, in the collectives that are planned."""
-  model = tiny.change(tiny.MODEL, pattern='*-M-m-', d_model=128, vocab=512, mlp=MLPConfig(d_ff=512))
+  model = tiny.change(tiny.MODEL, pattern='*-*-MMmm', d_model=128, vocab=512, mlp=MLPConfig(d_ff=512))
   mesh = MeshConfig(1, 8, 2, zero, sequence_parallel)
   report = compiled(tiny.config(mesh, model, compute_dtype='bfloat16', remat=remat, seq_len=256, loss_chunk=256), 'H100')
   found = report['compiled']
