@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from kernels.heads import assert_heads_close
 
 from lmscale.kernels import segments as segments_lib
 from lmscale.kernels.ssd import scan, ssd
 from lmscale.kernels.ssd.triton import backward, entry
+from lmscale.models.layers.mamba2 import clamp
 
 H200 = AbstractMesh((1,), ('device',), axis_types=(jax.sharding.AxisType.Auto,),
                     abstract_device=AbstractDevice('NVIDIA H200', 132, 'gpu'))  # fmt: skip
@@ -204,6 +206,22 @@ def test_extreme_decays_stay_finite_and_right(dt, assert_close):
   arguments['dt'] = jnp.asarray(values, jnp.float32)
   weights = random_weights(arguments)
   assert_close(differentiate(arguments, weights, SEGMENTS), reference(arguments, weights, SEGMENTS), 1e-4)
+
+
+@pytest.mark.parametrize(('low', 'high'), [(0.2, 0.6), (0.2, 0.0), (0.0, 0.6)])
+def test_step_sizes_that_went_through_the_clamp(low, high):
+  """Mamba-2's dt_min and dt_max before the kernel, 0 for no bound: results and the gradients of the sizes before the clamp,
+  head by head against float64."""
+  arguments = make()
+  weights, raw = random_weights(arguments), arguments['dt'].at[0, 3].set(low or high)  # at a bound the gradient passes
+  dt, pull = jax.vjp(lambda dt: clamp(dt, low, high), raw)
+  results, gradients = differentiate(arguments | {'dt': dt}, weights, SEGMENTS)  # compiled for test_matches_scan
+  exact = np.clip(np.asarray(raw), np.float32(low), np.float32(high or np.inf))
+  wanted, want = reference(arguments | {'dt': exact}, weights, SEGMENTS)
+  want, inside = jax.tree.map(np.asarray, want), np.asarray(raw) == exact
+  assert 0.1 < inside.mean() < 0.9
+  gradients, want = gradients | {'dt': pull(gradients['dt'])[0]}, want | {'dt': want['dt'] * inside}
+  assert_heads_close((results, gradients), (wanted, want), dict.fromkeys(('y', 'state', *arguments), 1e-4))
 
 
 # Lowering for CUDA ------------------------------------------------------------------------------------------------

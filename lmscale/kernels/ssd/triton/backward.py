@@ -135,6 +135,13 @@ def _chunk(plan, n, p, heads, inputs, outputs, add):
     dt = tiles.load_vector(inputs['dt'], start, plan, head=r)
     return x, dy, dt, tiles.load_decay(inputs, start, plan, head=r)
 
+  def parts(Z):
+    """Z as a sum of what the tensor cores take. One bfloat16 would be coarser than what x and dy make of it."""
+    if narrow != jnp.bfloat16:
+      return (Z,)
+    high = Z.astype(narrow)
+    return high, (Z - high.astype(acc)).astype(narrow)
+
   def load_group(name):
     return tiles.load_rows(inputs[name], start, plan, n)
 
@@ -166,9 +173,6 @@ def _chunk(plan, n, p, heads, inputs, outputs, add):
     def head(r, carry):
       x, dy, dt, decay = load(r)
       K = scores * decay.between(later_axis=1)
-      Z = K * dot(x, dy, trans_b=True)
-      over = dt[:, None] * dot(Z.astype(narrow), later)  # [j, m]: over i >= m
-      tiles.store_vector(outputs['within'], jnp.sum(jnp.where(earlier, over, 0), axis=0), start, plan, head=r)
       from_G = decay.to_end()[:, None] * dot(B, load_state('left', r))
       u = jnp.sum(from_G * x.astype(acc), axis=1)
       dx = dt[:, None] * (dot(K.astype(dtype), dy) + from_G)
@@ -176,7 +180,11 @@ def _chunk(plan, n, p, heads, inputs, outputs, add):
         dx += tiles.load_row(inputs['D'], p, head=r) * dy.astype(acc)
         tiles.store_row(outputs['dD'], jnp.sum(x.astype(acc) * dy.astype(acc), axis=0), (number, r), p)
       tiles.store_rows(outputs['dx'], dx, start, plan, p, head=r)
-      tiles.store_vector(outputs['ddt'], jnp.sum(Z, axis=1) + u, start, plan, head=r)
+      Z = K * dot(x, dy, trans_b=True)  # behind dx, for the registers
+      given = jnp.sum(Z, axis=1)
+      over = dt[:, None] * sum(dot(part, later) for part in parts(Z))  # [j, m]: over i >= m
+      tiles.store_vector(outputs['within'], jnp.sum(jnp.where(earlier, over, 0), axis=0), start, plan, head=r)
+      tiles.store_vector(outputs['ddt'], given + u, start, plan, head=r)
       tiles.store_vector(outputs['leaves'], dt * u, start, plan, head=r)
       return carry
 
