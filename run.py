@@ -38,7 +38,7 @@ from lmscale.processes.interrupt import AT_ONCE
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'quickstart.py'
 UNPRINTABLE = r'[^\x20-\x7e\xa0-\U0010ffff]'
-PLANS = ('svg', 'hardware', 'compile')  # flags of --job=plan alone
+PLANS = ('svg', 'hardware', 'compile', 'suggest')  # flags of --job=plan alone
 EXTRAS = {'lm_eval': 'eval', 'transformers': 'hf', 'torch': 'hf'}  # imported package -> the extra that brings it
 
 
@@ -99,6 +99,9 @@ def make_parser() -> argparse.ArgumentParser:
     const='cpu',
     metavar='TARGET',
     help='compile the step ahead of time (with --job=plan): cpu, whose devices are emulated, A100, H100, H200 or v5p; default: cpu',
+  )
+  parser.add_argument(
+    '--suggest', type=int, metavar='DEVICES', help='print the fastest meshes of so many devices that fit (with --job=plan); of --hardware, or H100'
   )
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   return parser

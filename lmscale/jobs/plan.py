@@ -10,9 +10,10 @@ from lmscale.config import Config, ConfigError, check_mesh, fill_data
 from lmscale.exit_codes import DONE
 from lmscale.jobs import ahead
 from lmscale.plan.activations import check_kernels
-from lmscale.plan.hardware import find_hardware
+from lmscale.plan.hardware import HARDWARE, Hardware, find_hardware
 from lmscale.plan.pipeline import step_table
 from lmscale.plan.report import format_report, make_report
+from lmscale.plan.suggest import format_suggestions, suggest
 from lmscale.plan.timetable import draw
 
 
@@ -20,6 +21,8 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   """Prints what a run needs. Devices are not touched; mesh.data = -1 counts as 1."""
   hardware = find_hardware(flags.hardware)
   jax.config.update('jax_platforms', 'cpu')  # shapes only, but tracing them must not take hold of an accelerator
+  if flags.suggest is not None:
+    return _suggest(config, hardware, flags)
   config = fill_data(config, config.mesh.pipe * config.mesh.tensor)
   check_mesh(config)
   if flags.compile:
@@ -30,7 +33,27 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   report = make_report(config, hardware)
   if flags.compile:
     report['compiled'] = ahead.compile_step(config, flags.compile)
+  if not all(bound['fits'] for bound in report['bounds']) and len(hardware) == 1:
+    report['advice'] = _advice(config, hardware[0])
   print(json.dumps(report, indent=2) if flags.json else format_report(report))
+  return DONE
+
+
+def _advice(config: Config, hardware: Hardware) -> str:
+  """Another layout on as many devices, for one that does not fit in the memory of the only hardware that was asked for."""
+  try:
+    best = suggest(config, hardware, config.mesh.size)[0]
+  except ConfigError as error:
+    return str(error)
+  return f'{best["bytes"] / 1e9:.1f} GB a device with {" ".join(best["flags"])}'
+
+
+def _suggest(config: Config, hardware: list[Hardware], flags: argparse.Namespace) -> int:
+  if len(hardware) > 1 and flags.hardware:
+    raise ConfigError('--suggest: name one --hardware')
+  chosen = hardware[0] if flags.hardware else HARDWARE['H100']
+  found = suggest(config, chosen, flags.suggest)
+  print(json.dumps({'hardware': chosen.name, 'suggestions': found}, indent=2) if flags.json else format_suggestions(config, chosen, flags.suggest, found))
   return DONE
 
 

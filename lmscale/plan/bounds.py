@@ -7,6 +7,7 @@ messages of different axes are sent at the same time.
 from typing import Any
 
 from lmscale.config import Config
+from lmscale.parallel.layout import LeafLayout
 from lmscale.parallel.mesh import AXES
 from lmscale.plan.executed import executed_flops
 from lmscale.plan.flops import flops_per_token
@@ -48,15 +49,13 @@ def memory_traffic(config: Config) -> float:
   gradients are written, with several microbatches read and written; the update reads gradients, master and moments and writes the latter
   two. Activations are left out.
   """
-  count, passes = microbatches(config), 3 if config.train.remat == 'full' else 2
-
-  def of(stored: int, whole: int, widths: Any) -> float:
-    each = (widths.copy or widths.master) * passes + widths.gradient * (2 if count > 1 else 1)
-    return count * whole * each + stored * (widths.gradient + 2 * (widths.master + widths.moments))
-
   devices = device_parameters(config)
-  leaves = ([leaf for group in groups for leaf in group] for groups in devices)
-  return max(
-    sum(of(local_elements(config, leaf), local_elements(config, leaf, data=False), leaf_widths(config, leaf)) for leaf in device)
-    for device in leaves
-  )
+  return max(sum(parameter_traffic(config, leaf) for group in groups for leaf in group) for groups in devices)
+
+
+def parameter_traffic(config: Config, leaf: LeafLayout) -> float:
+  """The share of one parameter in `memory_traffic`."""
+  stored, whole, widths = local_elements(config, leaf), local_elements(config, leaf, data=False), leaf_widths(config, leaf)
+  count, passes = microbatches(config), 3 if config.train.remat == 'full' else 2
+  each = (widths.copy or widths.master) * passes + widths.gradient * (2 if count > 1 else 1)
+  return count * whole * each + stored * (widths.gradient + 2 * (widths.master + widths.moments))

@@ -2,25 +2,25 @@
 
 from lmscale.config import Config, ModelConfig
 from lmscale.models import stack
-from lmscale.plan.flops import layer_flops
+from lmscale.plan.flops import head_flops, layer_flops
 
 
 def executed_flops(config: Config, causal: bool = True) -> int:
   """Forward, backward and recomputation, per trained token. The logits are never computed again."""
-  model, seq_len = config.model, config.train.seq_len
-  head = 3 * 2 * model.d_model * model.vocab
-  layers = sum(layer_flops(model, seq_len, causal))
-  return head + 3 * layers + recomputed_flops(config, causal)
+  return sum(layer_executed_flops(config, causal)) + 3 * head_flops(config.model)
 
 
-def recomputed_flops(config: Config, causal: bool = True) -> int:
-  """What the backward passes of all layers compute again, per token: under `full` each layer's forward pass, under
-  `selective` what is no projection: attention's core, convolutions and scans."""
-  model, remat = config.model, config.train.remat
-  if remat == 'none':
-    return 0
-  layers = sum(layer_flops(model, config.train.seq_len, causal))
-  return layers - (sum(_projections(model, kind) for kind in model.layers) if remat == 'selective' else 0)
+def layer_executed_flops(config: Config, causal: bool = True) -> list[int]:
+  """The same of each layer, in canonical order.
+
+  A backward pass computes again, under `full`, the layer's forward pass, under `selective` what is no projection of it: attention's
+  core, convolutions and scans.
+  """
+  model = config.model
+  again = {kind: _projections(model, kind) for kind in set(model.layers)} if config.train.remat == 'selective' else {}
+  times = 3 if config.train.remat == 'none' else 4
+  forward = layer_flops(model, config.train.seq_len, causal)
+  return [times * flops - again.get(kind, 0) for kind, flops in zip(model.layers, forward, strict=True)]
 
 
 def _projections(model: ModelConfig, kind: str) -> int:

@@ -94,7 +94,8 @@ def format_report(report: dict[str, Any]) -> str:
   middle = max(len(row[1]) for row in rows)
   head = f'{report["name"]}: {_short_pattern(report["pattern"])}'
   lines = [head, *(f'{a:<{left}}  {b:>{middle}}  {c}'.rstrip() for a, b, c in rows)]
-  return '\n'.join([*lines, *(['', *pipeline['picture']] if pipeline else [])])
+  advice = [f'This does not fit. {report["advice"]}'] if 'advice' in report else []
+  return '\n'.join([*lines, *advice, *(['', *pipeline['picture']] if pipeline else [])])
 
 
 def _pipeline_rows(pipeline: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -48,10 +48,10 @@ def _by_device(config: Config) -> list[list[Message]]:
   count = microbatches(config)
   found = []
   for device, groups in enumerate(device_parameters(config)):
-    messages = [message for group in groups for leaf in group for message in _data(config, leaf)] if mesh.data > 1 else []
+    messages = [message for group in groups for leaf in group for message in parameter_messages(config, leaf)] if mesh.data > 1 else []
     if mesh.tensor > 1:
-      ends = [_embedding(config)] * (device == 0) + [_head(config)] * (device == mesh.pipe - 1)
-      parts = [*(_layer(config, kinds[i]) for i in layers[device]), *ends]
+      ends = [embedding_messages(config)] * (device == 0) + [head_messages(config)] * (device == mesh.pipe - 1)
+      parts = [*(layer_messages(config, kinds[i]) for i in layers[device]), *ends]
       messages += [message._replace(bytes=count * message.bytes) for part in parts for message in part]
     if mesh.pipe > 1:
       messages.append(_pipe(config))
@@ -59,7 +59,7 @@ def _by_device(config: Config) -> list[list[Message]]:
   return found
 
 
-def _data(config: Config, leaf: LeafLayout) -> list[Message]:
+def parameter_messages(config: Config, leaf: LeafLayout) -> list[Message]:
   """Of one parameter in a step: ZeRO's."""
   mesh, size = config.mesh, local_elements(config, leaf, data=False)
   widths = leaf_widths(config, leaf)
@@ -76,7 +76,7 @@ def _data(config: Config, leaf: LeafLayout) -> list[Message]:
   return ([gather] * (2 if again else 1) + [scatter]) * microbatches(config)
 
 
-def _layer(config: Config, kind: str) -> list[Message]:
+def layer_messages(config: Config, kind: str) -> list[Message]:
   """Of one layer in one microbatch, over `tensor`."""
   model, train, mesh = config.model, config.train, config.mesh
   stream, width = _tokens(config) * model.d_model, BYTES[train.compute_dtype]
@@ -100,7 +100,7 @@ def _whole_channels(config: Config, kind: str) -> tuple[int, int]:
   return 0, 0
 
 
-def _embedding(config: Config) -> list[Message]:
+def embedding_messages(config: Config) -> list[Message]:
   """Of the look-up in one microbatch, a sum in float32."""
   stream, mesh = _tokens(config) * config.model.d_model, config.mesh
   compute = BYTES[config.train.compute_dtype]
@@ -110,7 +110,7 @@ def _embedding(config: Config) -> list[Message]:
   return [_message(mesh.tensor, 'tensor', kind, size) for kind, size in sizes.items()]
 
 
-def _head(config: Config) -> list[Message]:
+def head_messages(config: Config) -> list[Message]:
   """Of head and loss in one microbatch: the gradient of the hidden states, a sum in float32, and three numbers a token."""
   mesh, compute = config.mesh, BYTES[config.train.compute_dtype]
   stream = _tokens(config) * config.model.d_model
