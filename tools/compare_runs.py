@@ -22,7 +22,7 @@ from typing import Any
 from lmscale import config as config_lib
 from lmscale.config import USES
 from lmscale.errors import ConfigError
-from lmscale.plan.flops import flops_per_token
+from lmscale.models.flops import flops_per_token
 from lmscale.train.console import duration, printable
 from lmscale.train.metrics import read_metrics, smooth
 

@@ -51,7 +51,7 @@ AT_LEAST = {  # smallest allowed integer
   'optimizer.warmup_tokens': 0, 'optimizer.decay_tokens': 0, 'optimizer.wsd_decay_tokens': 0,
   'train.steps': 1, 'train.batch': 1, 'train.seq_len': 1, 'train.microbatch': 1, 'train.ramp_start': 0,
   'train.ramp_increment': 0, 'train.ramp_tokens': 0, 'train.loss_chunk': 1, 'train.nonfinite_budget': 0,
-  'train.spike_budget': 0,
+  'train.spike_budget': 0, 'train.stored_microbatches': 0,
   'loop.log_every': 1, 'loop.eval_every': 0, 'loop.eval_samples': 1, 'loop.checkpoint_every': 0, 'loop.keep': 1,
   'loop.sample_every': 0, 'loop.sample_tokens': 1,
 }  # fmt: skip
@@ -100,11 +100,6 @@ def resolve_mesh(config: Config, devices: int) -> Config:
     ConfigError: the mesh does not use exactly `devices` devices, or model, batch or sequence cannot be cut that way.
   """
   mesh = config.mesh
-  if mesh.pipe > 1:
-    raise ConfigError(
-      f'mesh.pipe: {mesh.pipe} pipeline stages asked for, but pipeline parallelism is not available '
-      'yet: set mesh.pipe=1'
-    )
   config = fill_data(config, devices)
   mesh = config.mesh
   if mesh.size != devices:

@@ -128,6 +128,7 @@ class TrainConfig:
   compute_dtype: str = 'float32'  # float32 | bfloat16 | float64
   grad_dtype: str = 'float32'  # dtype in which gradients are accumulated and reduced; a float64 run does it in float64
   remat: str = 'full'  # none | selective | full
+  stored_microbatches: int = 0  # of those in flight on a device of a pipeline, how many `full` stores like `selective`
   stack: str = 'runs'  # runs | unrolled
   deterministic: bool = True  # False: GPU kernels may add up gradients in any order, which is faster
   loss_chunk: int = 1024  # tokens of one data rank whose logits exist at a time

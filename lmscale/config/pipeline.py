@@ -8,7 +8,16 @@ MOST_TASKS = 2**19  # of a step: its timetable is made and checked task by task
 
 def check_stages(config: Config) -> None:
   """Whether every device gets mesh.virtual stages, and every stage a layer."""
-  mesh, layers = config.mesh, len(config.model.layers)
+  mesh, train, layers = config.mesh, config.train, len(config.model.layers)
+  if train.stored_microbatches and (mesh.pipe == 1 or train.remat != 'full'):
+    raise ConfigError(
+      f'train.stored_microbatches: {train.stored_microbatches} with mesh.pipe {mesh.pipe} and train.remat {train.remat}; it is for '
+      'train.remat=full in a pipeline: set it to 0'
+    )
+  if mesh.pipe > 1 and train.stack != 'runs':
+    raise ConfigError(
+      f'train.stack: {train.stack} with mesh.pipe {mesh.pipe}; the stages of a pipeline have one stack per kind of layer: set train.stack=runs'
+    )
   if mesh.virtual > 1 and mesh.schedule != 'interleaved':
     raise ConfigError(
       f'mesh.virtual: {mesh.virtual} stages a device with mesh.schedule {mesh.schedule}; only interleaved has more than one: '

@@ -21,12 +21,13 @@ from lmscale.parallel.setup import Setup
 def make_compute_copy(setup: Setup) -> Callable[[Any], Any]:
   """(params) -> the parameters that a sampler uses: in the compute dtype, cast before they are gathered over `data`.
 
-  Layers are unrolled: without a gradient there is nothing to gain from stacking them.
+  Layers are unrolled: without a gradient there is nothing to gain from stacking them. Those of all stages of a pipeline are
+  brought together, so each device holds the whole model (its `tensor` share of it).
   """
   unrolled = make_stacking(setup.config.model.layers, 'unrolled')
 
   def copy(params: Any) -> Any:
-    used = zero.gather_once(setup.layout, params, setup.dtype)
+    used = zero.gather_stages(setup.layout, zero.gather_once(setup.layout, params, setup.dtype))
     return {**used, 'layers': from_layers(to_layers(used['layers'], setup.stacking), unrolled)}
 
   return _over_mesh(setup, copy, (map_layout(lambda leaf: leaf.manual, setup.layout),))

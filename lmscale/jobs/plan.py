@@ -9,9 +9,9 @@ import jax
 from lmscale.config import Config, ConfigError, check_mesh, fill_data
 from lmscale.exit_codes import DONE
 from lmscale.jobs import ahead
+from lmscale.parallel.pipeline.layout import step_table
 from lmscale.plan.activations import check_kernels
 from lmscale.plan.hardware import HARDWARE, Hardware, find_hardware
-from lmscale.plan.pipeline import step_table
 from lmscale.plan.report import format_report, make_report
 from lmscale.plan.suggest import format_suggestions, suggest
 from lmscale.plan.timetable import draw

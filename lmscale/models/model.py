@@ -20,7 +20,7 @@ from lmscale.models.context import Context, padding_last
 from lmscale.models.layers import RESIDUAL, empty_cache
 from lmscale.models.norms import norm
 from lmscale.models.params import ParamSpec, declared_specs, initial_value, normal
-from lmscale.models.stacking import Stack, Stacking, from_layers, make_stacking, map_stacks
+from lmscale.models.stacking import FILLER, Stack, Stacking, from_layers, make_stacking, map_stacks
 
 Params = dict[str, Any]
 # (params, of which the head is read; hidden states [b, t, d_model] behind the final norm; microbatch of [b, t]; context)
@@ -70,10 +70,13 @@ def init_runs(config: ModelConfig, stacking: Stacking, seed: int, dtype: Any = j
 
   def stacked(place: Stack) -> dict[str, jax.Array]:
     rows = jnp.asarray(place.layers)
-    return {
-      name: jax.vmap(lambda i, name=name, spec=spec: initial_value(spec, seed, i, name, dtype))(rows)
-      for name, spec in stack.layer_specs(config, place.kind).items()
-    }
+
+    def row(i: jax.Array, name: str, spec: ParamSpec) -> jax.Array:
+      value = initial_value(spec, seed, i, name, dtype)
+      return jnp.where(i == FILLER, 0, value) if FILLER in place.layers else value
+
+    specs = stack.layer_specs(config, place.kind)
+    return {name: jax.vmap(functools.partial(row, name=name, spec=spec))(rows) for name, spec in specs.items()}
 
   return {**_init_outer(config, seed, dtype), 'layers': map_stacks(stacked, stacking)}
 

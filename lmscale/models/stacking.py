@@ -9,6 +9,7 @@ In memory: runs[i][j] is the dict of parameters of place j of run i. In canonica
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,15 +19,23 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-  """Layers of one kind whose parameters lie in one array per name: row r holds layer `layers[r]` in canonical order."""
+  """Layers of one kind whose parameters lie in one array per name: row r holds layer `layers[r]` in canonical order.
+
+  A row may hold none, FILLER: its numbers are zeros. (Pipeline stages need not have equally many layers of a kind.)
+  """
 
   kind: str
   layers: tuple[int, ...]
+
+  def rows(self) -> Iterator[tuple[int, int]]:
+    """(row, layer) of those that hold one."""
+    return ((row, layer) for row, layer in enumerate(self.layers) if layer != FILLER)
 
 
 Run = tuple[Stack, ...]  # executed row by row: row 0 of each of its stacks, then row 1, ...
 Stacking = tuple[Run, ...]
 
+FILLER = -1
 MANY = 1 << 16  # more than there are layers
 
 
@@ -86,7 +95,8 @@ def from_layers(layers: list[Any], stacking: Stacking) -> tuple:
   """Canonical order -> runs: stacks the layers of each place. Inverse of `to_layers`."""
 
   def stacked(stack: Stack) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[layers[i] for i in stack.layers])
+    nothing = jax.tree.map(jnp.zeros_like, layers[max(stack.layers)])
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[nothing if i == FILLER else layers[i] for i in stack.layers])
 
   return map_stacks(stacked, stacking)
 
@@ -96,6 +106,6 @@ def to_layers(runs: tuple, stacking: Stacking) -> list[Any]:
   layers: dict[int, Any] = {}
   for run, stacks in zip(runs, stacking, strict=True):
     for part, stack in zip(run, stacks, strict=True):
-      for row, index in enumerate(stack.layers):
+      for row, index in stack.rows():
         layers[index] = jax.tree.map(lambda leaf, row=row: leaf[row], part)
   return [layers[i] for i in range(len(layers))]

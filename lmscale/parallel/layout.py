@@ -11,6 +11,7 @@ from lmscale.models import model
 from lmscale.models.params import ParamSpec
 from lmscale.models.stack import layer_specs
 from lmscale.models.stacking import Stack, Stacking, make_stacking, map_stacks
+from lmscale.parallel.mesh import MANUAL
 from lmscale.parallel.rules import Rules, make_rules, partition
 
 
@@ -20,7 +21,7 @@ class LeafLayout:
 
   name: of the leaf in its layer. spec: of one layer. tensor: PartitionSpec over the compiler's axes. data_dim: the dim cut
   over `data` by ZeRO 1 to 3, None where nothing divides. All count the dims of one layer; a leaf of a `stack` has a leading
-  one, its rows.
+  one, its rows, cut over `pipe` where there is a pipeline.
   """
 
   name: str
@@ -28,6 +29,7 @@ class LeafLayout:
   tensor: PartitionSpec
   data_dim: int | None
   stack: Stack | None = None
+  rows: str | None = None  # the mesh axis that cuts the rows of the stack
 
   @property
   def stored(self) -> PartitionSpec:
@@ -39,22 +41,22 @@ class LeafLayout:
 
   @property
   def kept(self) -> PartitionSpec:
-    """How the gathered parameter is cut: by `tensor` only."""
-    return PartitionSpec(*self._rows, *self.tensor)
+    """How the gathered parameter is cut where its device's rows are: by `tensor` only."""
+    return PartitionSpec(*[None] * len(self._rows), *self.tensor)
 
   @property
   def manual(self) -> PartitionSpec:
-    """The part of `stored` that the step's shard_map names: the `data` dim."""
-    return PartitionSpec(*('data' if axis == 'data' else None for axis in self.stored))
+    """The part of `stored` that the step's shard_map names: the rows' dim and the `data` dim."""
+    return PartitionSpec(*(axis if axis in MANUAL else None for axis in self.stored))
 
   @property
   def stacked_data_dim(self) -> int | None:
     return None if self.data_dim is None else self.data_dim + len(self._rows)
 
   @property
-  def _rows(self) -> tuple[None, ...]:
-    """How the rows of the stack are cut: not at all."""
-    return () if self.stack is None else (None,)
+  def _rows(self) -> tuple[str | None, ...]:
+    """How the rows of the stack are cut."""
+    return () if self.stack is None else (self.rows,)
 
 
 def leaf_layout(name: str, spec: ParamSpec, config: Config, rules: Rules, stack: Stack | None = None) -> LeafLayout:
@@ -64,7 +66,7 @@ def leaf_layout(name: str, spec: ParamSpec, config: Config, rules: Rules, stack:
   if config.mesh.zero > 0 and config.mesh.data > 1:
     free = [i for i, n in enumerate(spec.shape) if tensor[i] is None and n % config.mesh.data == 0]
     data_dim = max(free, key=lambda i: spec.shape[i], default=None)
-  return LeafLayout(name, spec, tensor, data_dim, stack)
+  return LeafLayout(name, spec, tensor, data_dim, stack, 'pipe' if stack and config.mesh.pipe > 1 else None)
 
 
 def make_layout(config: Config, stacking: Stacking, rules: Rules) -> dict[str, Any]:

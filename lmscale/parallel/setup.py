@@ -1,15 +1,19 @@
 """What is decided about a run's programs before any is traced."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lmscale.config import Config
+from lmscale.models.context import Context
 from lmscale.models.stacking import Stacking, make_stacking
 from lmscale.parallel.layout import make_layout
-from lmscale.parallel.rules import make_rules
+from lmscale.parallel.pipeline.layout import stage_stacking
+from lmscale.parallel.rules import make_constrain, make_local, make_rules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,5 +43,25 @@ class Setup:
 
 def make_setup(config: Config, mesh: Mesh) -> Setup:
   """The setup of a resolved config (`mesh.data` known) on its mesh."""
-  stacking = make_stacking(config.model.layers, config.train.stack)
+  pipe = config.mesh.pipe > 1
+  stacking = stage_stacking(config) if pipe else make_stacking(config.model.layers, config.train.stack)
   return Setup(config, mesh, stacking, make_layout(config, stacking, make_rules(config)))
+
+
+def make_context(setup: Setup) -> Callable[[dict[str, jax.Array]], Context]:
+  """What every layer is told of a microbatch inside the step's shard_map."""
+  config = setup.config
+  rules = make_rules(config)
+  constrain, local = make_constrain(config, rules), make_local(config, rules)
+
+  def context(microbatch: dict[str, jax.Array]) -> Context:
+    return Context(
+      positions=microbatch['positions'],
+      segment_ids=microbatch['segment_ids'],
+      constrain=constrain,
+      local=local,
+      tensor=config.mesh.tensor,
+      deterministic=config.train.deterministic,
+    )
+
+  return context

@@ -38,6 +38,16 @@ def gather_once(layout: Any, params: Any, dtype: Any) -> Any:
   return _on_tensor_shards(lambda tree: map_layout(gather, layout, tree), specs)(params)
 
 
+def gather_stages(layout: Any, params: Any) -> Any:
+  """The rows of every stage on each device, of what `gather_once` gave."""
+
+  def gather(leaf: LeafLayout, x: jax.Array) -> jax.Array:
+    return x if leaf.rows is None else jax.lax.all_gather(x, leaf.rows, axis=0, tiled=True)
+
+  specs = map_layout(lambda leaf: leaf.kept, layout)
+  return _on_tensor_shards(lambda tree: map_layout(gather, layout, tree), specs)(params)
+
+
 def gather_where_used(layout: Any, params: Any, microbatch: jax.Array, dtype: Any, grad_dtype: Any) -> Any:
   """Stage 3: one layer's parameters (or the embedding's, the head's) from their shards.
 
@@ -86,10 +96,17 @@ def reduce_gradients(layout: Any, grads: Any, stage: int) -> Any:
   """The one reduction of a step: sums every gradient over `data`, in the dtype in which it was accumulated.
 
   Stage 1 keeps the shard of the sum that belongs to this rank's optimizer; stage 2 receives nothing else. Stage 3 has
-  already scattered all but the leaves that are whole on every rank.
+  already scattered all but the leaves that are whole on every rank. In a pipeline (which has not scattered: for it stage 3 is
+  stage 2) what is outside of the layers is summed over its stages as well.
   """
+  pipe = jax.lax.axis_size('pipe') > 1
+  stage = min(stage, 2) if pipe else stage
 
   def reduce(leaf: LeafLayout, g: jax.Array) -> jax.Array:
+    g = over_data(leaf, g)
+    return jax.lax.psum(g, 'pipe') if pipe and leaf.rows is None else g
+
+  def over_data(leaf: LeafLayout, g: jax.Array) -> jax.Array:
     dim = leaf.stacked_data_dim
     if dim is None or stage == 0:
       return jax.lax.psum(g, 'data')

@@ -10,10 +10,10 @@ from lmscale.config import Config
 from lmscale.parallel.layout import LeafLayout
 from lmscale.parallel.mesh import AXES
 from lmscale.plan.executed import executed_flops
-from lmscale.plan.flops import flops_per_token
+from lmscale.models.flops import flops_per_token
 from lmscale.plan.hardware import Hardware
 from lmscale.plan.memory import device_parameters, leaf_widths, local_elements
-from lmscale.plan.pipeline import microbatches
+from lmscale.parallel.pipeline.layout import microbatches
 
 
 def bounds_report(config: Config, hardware: Hardware, total: int, traffic: dict[str, dict[str, float]], bubble: float) -> dict[str, Any]:

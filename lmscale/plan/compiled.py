@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from lmscale.config import Config
 from lmscale.plan.collectives import Collective, read_collectives
 from lmscale.plan.memory import bytes_per_device
-from lmscale.plan.pipeline import microbatches
+from lmscale.parallel.pipeline.layout import microbatches
 
 
 def compiled_report(config: Config, compiled: Any, state: Any, mesh: Mesh) -> dict[str, Any]:

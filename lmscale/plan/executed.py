@@ -2,7 +2,7 @@
 
 from lmscale.config import Config, ModelConfig
 from lmscale.models import stack
-from lmscale.plan.flops import head_flops, layer_flops
+from lmscale.models.flops import head_flops, layer_flops
 
 
 def executed_flops(config: Config, causal: bool = True) -> int:

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 from lmscale.config import Config
 from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
+from lmscale.parallel.pipeline.layout import microbatches, stage_layers, step_table
 from lmscale.parallel.pipeline.replay import in_flight
 from lmscale.parallel.pipeline.stages import device_layers
 from lmscale.parallel.rules import make_rules
 from lmscale.plan.activations import layer_activations, layer_working
-from lmscale.plan.pipeline import microbatches, stage_layers, step_table
 
 BYTES = {'bfloat16': 2, 'float32': 4, 'float64': 8}
 

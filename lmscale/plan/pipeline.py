@@ -3,40 +3,10 @@
 from typing import Any
 
 from lmscale.config import Config
+from lmscale.parallel.pipeline.layout import stage_layers, step_flops, step_table
 from lmscale.parallel.pipeline.replay import in_flight, simulate
-from lmscale.parallel.pipeline.schedule import make_table
-from lmscale.parallel.pipeline.stages import cut_layers, cut_text
-from lmscale.parallel.pipeline.table import Table
-from lmscale.plan.flops import head_flops, layer_flops
+from lmscale.parallel.pipeline.stages import cut_text
 from lmscale.plan.timetable import timetable
-
-
-def stage_layers(config: Config) -> list[range]:
-  """Canonical layer indices of each of the pipe * virtual stages: see `cut_layers`, with the FLOPs of a step as costs."""
-  model, mesh = config.model, config.mesh
-  layers, head = _step_flops(config)
-  return cut_layers(model.pattern, mesh.pipe * mesh.virtual, [sum(both) for both in layers], sum(head))
-
-
-def _step_flops(config: Config) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-  """(forward, backward) FLOPs per token of each layer and of the head, as they are executed.
-
-  train.remat=full does a layer's forward pass again in the backward one; what `selective` does again is left out.
-  """
-  back = 3 if config.train.remat == 'full' else 2
-  head = head_flops(config.model)
-  return [(f, back * f) for f in layer_flops(config.model, config.train.seq_len)], (head, 2 * head)
-
-
-def microbatches(config: Config) -> int:
-  """Of each data rank in one step of the full batch."""
-  return -(-config.train.batch // (config.train.microbatch * config.mesh.data))
-
-
-def step_table(config: Config) -> Table:
-  """The timetable of one step of the full batch."""
-  mesh = config.mesh
-  return make_table(mesh.schedule, mesh.pipe, microbatches(config), mesh.virtual)
 
 
 def pipeline_report(config: Config) -> dict[str, Any]:
@@ -68,7 +38,7 @@ def pipeline_report(config: Config) -> dict[str, Any]:
 
 def _stage_flops(config: Config, stages: list[range]) -> tuple[list[int], list[int]]:
   """Of the forward and of the backward pass of each stage, per token."""
-  layers, head = _step_flops(config)
+  layers, head = step_flops(config)
   forward, backward = ([sum(layers[i][phase] for i in part) for part in stages] for phase in (0, 1))
   forward[-1], backward[-1] = forward[-1] + head[0], backward[-1] + head[1]
   return forward, backward

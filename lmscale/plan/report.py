@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmscale.config import Config, run_tokens
+from lmscale.models.flops import flops_per_token, flops_per_token_paper
 from lmscale.parallel.layout import zero_share
 from lmscale.plan.bounds import bounds_report
 from lmscale.plan.executed import executed_flops
-from lmscale.plan.flops import flops_per_token, flops_per_token_paper
 from lmscale.plan.hardware import Hardware
 from lmscale.plan.memory import bytes_per_device
 from lmscale.plan.parameters import parameters_by_kind

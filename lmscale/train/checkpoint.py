@@ -241,12 +241,13 @@ class Checkpointer:
   ) -> dict[str, jax.Array]:
     """The targets of a move, made of its sources, which are let go."""
     like = asked[move.targets[0]]
-    arrays = self._read(step, {
-      path: jax.ShapeDtypeStruct(
-        tuple(found[path].shape), like.dtype, sharding=stored.row_sharding(like, stored.is_stacked(path, source))
-      )
-      for path in move.sources
-    })  # fmt: skip
+
+    def source_like(path: str) -> jax.ShapeDtypeStruct:
+      shape = tuple(found[path].shape)
+      at = stored.row_sharding(like, stored.is_stacked(path, source), shape[0])
+      return jax.ShapeDtypeStruct(shape, like.dtype, sharding=at)
+
+    arrays = self._read(step, {path: source_like(path) for path in move.sources})
     take = stored.make_taker(move.places, tuple(asked[path].sharding for path in move.targets))
     made = jax.block_until_ready(take([arrays[path] for path in move.sources]))
     return dict(zip(move.targets, made, strict=True))
@@ -296,7 +297,7 @@ def _rows(leaves: dict[str, Any], index: Index) -> dict[str, tuple[tuple[int, ..
       if shape[:1] != (len(names),):
         raise ValueError(f'{path} of shape {list(shape)} is no stack of {len(names)} layers')
       shape = shape[1:]
-    rows |= dict.fromkeys(names, (shape, dtype))
+    rows |= dict.fromkeys(filter(None, names), (shape, dtype))
   return rows
 
 

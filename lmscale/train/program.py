@@ -14,7 +14,6 @@ import optax
 from jax.sharding import NamedSharding
 
 from lmscale import processes
-from lmscale.batch import ROWS
 from lmscale.config import Config
 from lmscale.generate.sample import make_compute_copy, make_generate
 from lmscale.models import model
@@ -71,9 +70,7 @@ class Program:
 
     platform: 'cuda' or 'tpu' instead of the devices at hand; its text can then be read, but not compiled here.
     """
-    shape = self._feed.shape(self.config.train.batch // self.rows_per_microbatch)
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._feed.rows) for name in ROWS}
-    batch['microbatches'] = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._feed.whole)
+    batch = self._feed.abstract(self.config.train.batch // self.rows_per_microbatch)
     batch['learning_rate'] = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._feed.whole)
     with jax.set_mesh(self.mesh), self._precision():
       traced = self._step.trace(self.abstract_state(), batch)
@@ -86,10 +83,11 @@ class Program:
 
   def evaluate(self, state: TrainState, loader: Rows, samples: int) -> tuple[float, int]:
     """Mean loss in nats per counted token, and the count, over samples 0..samples-1 of `loader`."""
-    loss, count = 0.0, 0
-    for first in range(0, samples, self.rows_per_microbatch):
-      rows = min(self.rows_per_microbatch, samples - first)
-      part = self._run(self._evaluate, state.params, self._feed.put(loader, first, rows, 1))
+    loss, count, most = 0.0, 0, self.rows_per_microbatch * self.config.mesh.pipe
+    for first in range(0, samples, most):
+      rows = min(most, samples - first)
+      batch = self._feed.put(loader, first, rows, self.config.mesh.pipe, trains=False)
+      part = self._run(self._evaluate, state.params, batch)
       loss, count = loss + float(part[0]), count + int(part[1])
     return loss / max(count, 1), count
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmscale.models.stacking import Stack
+from lmscale.models.stacking import FILLER, Stack
 
 Index = dict[str, Stack]
 
@@ -39,12 +39,12 @@ def nested(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def canonical_names(path: str, index: Index) -> list[str]:
-  """The canonical name of each row of the leaf at `path`; of one that is no stack, its path."""
+  """The canonical name of each row of the leaf at `path`, '' for one that holds no layer; of one that is no stack, its path."""
   parent, _, name = path.rpartition('/')
   if parent not in index:
     return [path]
   family = parent.partition('/layers/')[0]
-  return [f'{family}/layers/{layer}/{name}' for layer in index[parent].layers]
+  return ['' if layer == FILLER else f'{family}/layers/{layer}/{name}' for layer in index[parent].layers]
 
 
 def is_stacked(path: str, index: Index) -> bool:
@@ -57,7 +57,7 @@ def canonical(tree: Any, index: Index) -> dict[str, Any]:
   view = {}
   for path, leaf in named(tree).items():
     names = canonical_names(path, index)
-    view |= {name: leaf[row] for row, name in enumerate(names)} if is_stacked(path, index) else {path: leaf}
+    view |= {name: leaf[row] for row, name in enumerate(names) if name} if is_stacked(path, index) else {path: leaf}
   return nested(view)
 
 
@@ -74,11 +74,11 @@ def from_json(values: dict[str, Any]) -> Index:
 @dataclasses.dataclass(frozen=True)
 class Move:
   """Stacks that are made of the rows of others. places: for each target, (which source, which of its rows) of every row;
-  row None: the source is one layer's array and no stack."""
+  row None: the source is one layer's array and no stack; None in place of both: a row of zeros."""
 
   sources: tuple[str, ...]
   targets: tuple[str, ...]
-  places: tuple[tuple[tuple[int, int | None], ...], ...]
+  places: tuple[tuple[tuple[int, int | None] | None, ...], ...]
 
 
 def moves(asked: Iterable[str], index: Index, found: Iterable[str], source: Index) -> list[Move]:
@@ -89,7 +89,7 @@ def moves(asked: Iterable[str], index: Index, found: Iterable[str], source: Inde
   where: dict[str, tuple[str, int | None]] = {}
   for path in found:
     stacked = is_stacked(path, source)
-    where |= {name: (path, row if stacked else None) for row, name in enumerate(canonical_names(path, source))}
+    where |= {name: (path, row if stacked else None) for row, name in enumerate(canonical_names(path, source)) if name}
   groups: dict[tuple[str, str, str], list[str]] = {}
   for path in asked:
     parent, _, name = path.rpartition('/')
@@ -98,25 +98,40 @@ def moves(asked: Iterable[str], index: Index, found: Iterable[str], source: Inde
 
 
 def _move(targets: list[str], index: Index, where: dict[str, tuple[str, int | None]]) -> Move:
-  rows = [[where[name] for name in canonical_names(target, index)] for target in targets]
-  sources = list(dict.fromkeys(path for row in rows for path, _ in row))
-  places = tuple(tuple((sources.index(path), at) for path, at in row) for row in rows)
+  rows = [[where[name] if name else None for name in canonical_names(target, index)] for target in targets]
+  sources = list(dict.fromkeys(place[0] for row in rows for place in row if place))
+  places = tuple(tuple(place and (sources.index(place[0]), place[1]) for place in row) for row in rows)
   return Move(tuple(sources), tuple(targets), places)
 
 
-def row_sharding(like: jax.ShapeDtypeStruct, stacked: bool) -> Any:
-  """How an array is placed whose rows become those of `like`, a stack: as `like`, without its leading dim if it has none."""
-  if stacked or not isinstance(like.sharding, NamedSharding):
+def row_sharding(like: jax.ShapeDtypeStruct, stacked: bool, rows: int) -> Any:
+  """How an array is placed whose rows become those of `like`, a stack: as `like`, but for its leading dim.
+
+  rows: of the array, which the mesh may not divide as it divides those of `like`; not `stacked`: it has no leading dim.
+  """
+  if not isinstance(like.sharding, NamedSharding):
     return like.sharding
-  return NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[1:]))
+  mesh, (first, *rest) = like.sharding.mesh, (*like.sharding.spec, *[None] * (len(like.shape) - len(like.sharding.spec)))
+  leading = [first if first is not None and rows % mesh.shape[first] == 0 else None] if stacked else []
+  return NamedSharding(mesh, PartitionSpec(*leading, *rest))
 
 
 @functools.cache
 def make_taker(places: tuple, shardings: tuple) -> Callable[[list[jax.Array]], list[jax.Array]]:
   """The sources of a `Move` -> its targets, jitted. Reads what one device holds of a row from that device alone."""
 
+  def row(sources: list[jax.Array], place: tuple[int, int | None] | None) -> jax.Array | None:
+    if place is None:
+      return None
+    source, at = place
+    return sources[source] if at is None else sources[source][at]
+
+  def target(rows: list[jax.Array | None]) -> jax.Array:
+    like = next(r for r in rows if r is not None)
+    return jnp.stack([jnp.zeros_like(like) if r is None else r for r in rows])
+
   def take(sources: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.stack([sources[i] if row is None else sources[i][row] for i, row in rows]) for rows in places]
+    return [target([row(sources, place) for place in rows]) for rows in places]
 
   return jax.jit(take, out_shardings=list(shardings))
 
@@ -143,7 +158,7 @@ def facts(tree: Any, index: Index | None = None) -> dict[str, tuple[int, bool]]:
     for path in leaves:
       bits, finite = values[path.rpartition('/')[2]]
       rows = zip(canonical_names(path, index), bits.reshape(-1), finite.reshape(-1), strict=True)
-      found |= {name: (int(b), bool(f)) for name, b, f in rows}
+      found |= {name: (int(b), bool(f)) for name, b, f in rows if name}
   return found
 
 

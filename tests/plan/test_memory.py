@@ -10,10 +10,10 @@ from lmscale.config import Config, ConfigError, check_mesh, from_dict, resolve_m
 from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
 from lmscale.parallel.mesh import make_mesh
+from lmscale.parallel.pipeline.layout import stage_layers
 from lmscale.parallel.rules import make_rules
 from lmscale.plan.memory import activations_held, bytes_per_device, zero_bytes
 from lmscale.plan.parameters import parameter_count
-from lmscale.plan.pipeline import stage_layers
 from lmscale.train.program import Program
 
 H, SEQ = 512, 256

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.plan.flops import flops_per_token
+from lmscale.models.flops import flops_per_token
 from tools import compare_runs
 
 SMALL = config_lib.Config(model=config_lib.ModelConfig(pattern='M-|*-'), train=config_lib.TrainConfig(seq_len=16))

@@ -59,7 +59,7 @@ class Layer(nn.Module):
 
   @staticmethod
   def flops(config: ModelConfig, seq_len: int, causal: bool) -> int:
-    """Forward FLOPs per token, see `plan.flops` for what counts; causal: attention at half the square."""
+    """Forward FLOPs per token, see `models.flops` for what counts; causal: attention at half the square."""
     raise NotImplementedError
 
   @nn.compact

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lmscale.config import Mamba2Config, MambaConfig, ModelConfig, from_dict
-from lmscale.plan.flops import flops_per_token, flops_per_token_paper
+from lmscale.models.flops import flops_per_token, flops_per_token_paper
 
 
 def gpt(layers: int, h: int, heads: int, vocab: int = 51_200) -> ModelConfig:
