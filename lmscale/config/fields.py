@@ -90,6 +90,7 @@ class MeshConfig:
   sequence_parallel: bool = False
   schedule: str = '1f1b'  # of the pipeline: gpipe | 1f1b | 1f1b_strict (at most pipe microbatches in flight) | interleaved
   virtual: int = 1  # pipeline stages on each device; more than 1 only with interleaved
+  vocab_on_pipe: bool = False  # embedding and head cut over all stages, not whole in the first and the last
 
   @property
   def size(self) -> int:

@@ -18,6 +18,13 @@ def check_stages(config: Config) -> None:
     raise ConfigError(
       f'train.stack: {train.stack} with mesh.pipe {mesh.pipe}; the stages of a pipeline have one stack per kind of layer: set train.stack=runs'
     )
+  if mesh.vocab_on_pipe and (mesh.pipe == 1 or config.model.vocab % (mesh.pipe * mesh.tensor)):
+    raise ConfigError(
+      f'mesh.vocab_on_pipe: model.vocab {config.model.vocab} / (mesh.pipe {mesh.pipe} * mesh.tensor {mesh.tensor} = '
+      f'{mesh.pipe * mesh.tensor}) is not a whole number; set model.vocab to a multiple, or mesh.vocab_on_pipe=false'
+      if mesh.pipe > 1
+      else 'mesh.vocab_on_pipe: mesh.pipe is 1, without a pipeline; set mesh.vocab_on_pipe=false or mesh.pipe above 1'
+    )
   if mesh.virtual > 1 and mesh.schedule != 'interleaved':
     raise ConfigError(
       f'mesh.virtual: {mesh.virtual} stages a device with mesh.schedule {mesh.schedule}; only interleaved has more than one: '

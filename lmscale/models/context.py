@@ -31,7 +31,8 @@ class Context:
   (logical axes of each result)) -> results: op(**arrays) on each device's own heads, for kernels, which the compiler cannot
   cut; what is None is left out. gather(kind, params) -> params: brings one
   layer's parameters together where they are used (ZeRO 3). tensor: ways in which heads are cut over the mesh.
-  deterministic: kernels add up gradients in a fixed order.
+  deterministic: kernels add up gradients in a fixed order. vocab_axis: a manual mesh axis over which the rows of the embedding
+  and the columns of the head are cut (None: the step is given them whole, but for `tensor`).
   """
 
   positions: jax.Array
@@ -44,6 +45,7 @@ class Context:
   gather: Callable[[str, Any], Any] | None = struct.field(pytree_node=False, default=None)
   tensor: int = struct.field(pytree_node=False, default=1)
   deterministic: bool = struct.field(pytree_node=False, default=True)
+  vocab_axis: str | None = struct.field(pytree_node=False, default=None)
 
 
 def plain_context(tokens: jax.Array, segment_ids: jax.Array | None = None) -> Context:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lmscale.config import ModelConfig
-from lmscale.kernels.cross_entropy import cross_entropy
+from lmscale.kernels.cross_entropy import cross_entropy, total
 from lmscale.models import stack
 from lmscale.models.context import Context, padding_last
 from lmscale.models.layers import RESIDUAL, empty_cache
@@ -90,16 +90,23 @@ def _init_outer(config: ModelConfig, seed: int, dtype: Any) -> Params:
 
 def embed(config: ModelConfig, params: dict[str, jax.Array], tokens_BT: jax.Array, ctx: Context) -> jax.Array:
   """Token (and learned position) embeddings: tokens int32 [b, t] -> [b, t, d_model]."""
-  x_BTD = _look_up(params['tokens'], tokens_BT)
+  x_BTD = _look_up(params['tokens'], tokens_BT, ctx.vocab_axis)
   if config.positions == 'learned':
     x_BTD = x_BTD + _look_up(params['positions'], ctx.positions)
   return ctx.constrain(x_BTD, RESIDUAL)
 
 
-def _look_up(table_VD: jax.Array, index_BT: jax.Array) -> jax.Array:
+def _look_up(table_VD: jax.Array, index_BT: jax.Array, axis: str | None = None) -> jax.Array:
+  """Rows of a table. axis: a mesh axis over which its rows are cut; each device looks among its own."""
   # The gradient adds up all uses of a row. In bfloat16 a sum of equal terms stops growing at 256 of them.
   acc = jnp.promote_types(jnp.float32, table_VD.dtype)
-  return jnp.take(table_VD.astype(acc), index_BT, axis=0).astype(table_VD.dtype)
+  if axis is None:
+    return jnp.take(table_VD.astype(acc), index_BT, axis=0).astype(table_VD.dtype)
+  rows = table_VD.shape[0]
+  index_BT = index_BT - jax.lax.axis_index(axis) * rows
+  mine_BT1 = ((index_BT >= 0) & (index_BT < rows))[..., None]
+  found_BTD = jnp.take(table_VD.astype(acc), jnp.clip(index_BT, 0, rows - 1), axis=0)
+  return total(jnp.where(mine_BT1, found_BTD, 0).astype(table_VD.dtype), axis)
 
 
 def final_norm(config: ModelConfig, params: dict[str, jax.Array], x_BTD: jax.Array) -> jax.Array:
@@ -153,7 +160,7 @@ def next_token_loss(config: ModelConfig, chunk: int) -> HeadLoss:
   def loss(params: Params, hidden_BTD: jax.Array, batch: dict[str, jax.Array], ctx: Context) -> tuple[jax.Array, jax.Array]:
     hidden_ND = ctx.constrain(hidden_BTD, ('batch', 'length', 'embed')).reshape(-1, config.d_model)
     kernel_DV = ctx.constrain(head_kernel(params), ('embed', 'vocab'))
-    return cross_entropy(hidden_ND, kernel_DV, batch['labels'].reshape(-1), chunk=chunk, constrain=ctx.constrain)
+    return cross_entropy(hidden_ND, kernel_DV, batch['labels'].reshape(-1), chunk=chunk, constrain=ctx.constrain, axis=ctx.vocab_axis)
 
   return loss
 

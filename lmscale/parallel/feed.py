@@ -22,7 +22,7 @@ class Rows(Protocol):
 def batch_specs(config: Config) -> dict[str, PartitionSpec]:
   """How each array of a batch is cut over the mesh."""
   specs = dict.fromkeys(ROWS, PartitionSpec(None, 'data')) | {'microbatches': PartitionSpec()}
-  return specs | ({'table': PartitionSpec(None, 'pipe'), 'ticks': PartitionSpec()} if config.mesh.pipe > 1 else {})
+  return specs | ({'table': PartitionSpec(), 'ticks': PartitionSpec()} if config.mesh.pipe > 1 else {})
 
 
 class Feed:

@@ -20,8 +20,8 @@ class LeafLayout:
   """One parameter in memory.
 
   name: of the leaf in its layer. spec: of one layer. tensor: PartitionSpec over the compiler's axes. data_dim: the dim cut
-  over `data` by ZeRO 1 to 3, None where nothing divides. All count the dims of one layer; a leaf of a `stack` has a leading
-  one, its rows, cut over `pipe` where there is a pipeline.
+  over `data` by ZeRO 1 to 3, None where nothing divides. pipe_dim: the dim cut over `pipe`, of the vocabulary. All count the
+  dims of one layer; a leaf of a `stack` has a leading one, its rows, cut over `pipe` where there is a pipeline (`rows`).
   """
 
   name: str
@@ -29,14 +29,17 @@ class LeafLayout:
   tensor: PartitionSpec
   data_dim: int | None
   stack: Stack | None = None
-  rows: str | None = None  # the mesh axis that cuts the rows of the stack
+  rows: str | None = None
+  pipe_dim: int | None = None
 
   @property
   def stored(self) -> PartitionSpec:
     """How the master copy, the reduced gradient and the optimizer's moments are cut (all mesh axes)."""
-    dims = list(self.tensor) + [None] * (len(self.spec.shape) - len(self.tensor))
+    dims: list[Any] = list(self.tensor) + [None] * (len(self.spec.shape) - len(self.tensor))
     if self.data_dim is not None:
       dims[self.data_dim] = 'data'
+    if self.pipe_dim is not None:
+      dims[self.pipe_dim] = 'pipe' if dims[self.pipe_dim] is None else ('pipe', dims[self.pipe_dim])
     return PartitionSpec(*self._rows, *dims)
 
   @property
@@ -46,8 +49,14 @@ class LeafLayout:
 
   @property
   def manual(self) -> PartitionSpec:
-    """The part of `stored` that the step's shard_map names: the rows' dim and the `data` dim."""
-    return PartitionSpec(*(axis if axis in MANUAL else None for axis in self.stored))
+    """The part of `stored` that the step's shard_map names: what `pipe` and `data` cut."""
+    outer = (axis[0] if isinstance(axis, tuple) else axis for axis in self.stored)
+    return PartitionSpec(*(axis if axis in MANUAL else None for axis in outer))
+
+  @property
+  def on_pipe(self) -> bool:
+    """Whether each stage has a part of its own."""
+    return self.rows is not None or self.pipe_dim is not None
 
   @property
   def stacked_data_dim(self) -> int | None:
@@ -66,7 +75,9 @@ def leaf_layout(name: str, spec: ParamSpec, config: Config, rules: Rules, stack:
   if config.mesh.zero > 0 and config.mesh.data > 1:
     free = [i for i, n in enumerate(spec.shape) if tensor[i] is None and n % config.mesh.data == 0]
     data_dim = max(free, key=lambda i: spec.shape[i], default=None)
-  return LeafLayout(name, spec, tensor, data_dim, stack, 'pipe' if stack and config.mesh.pipe > 1 else None)
+  rows = 'pipe' if stack and config.mesh.pipe > 1 else None
+  pipe_dim = spec.axes.index('vocab') if config.mesh.vocab_on_pipe and 'vocab' in spec.axes else None
+  return LeafLayout(name, spec, tensor, data_dim, stack, rows, pipe_dim)
 
 
 def make_layout(config: Config, stacking: Stacking, rules: Rules) -> dict[str, Any]:

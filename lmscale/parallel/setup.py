@@ -62,6 +62,7 @@ def make_context(setup: Setup) -> Callable[[dict[str, jax.Array]], Context]:
       local=local,
       tensor=config.mesh.tensor,
       deterministic=config.train.deterministic,
+      vocab_axis='pipe' if config.mesh.vocab_on_pipe else None,
     )
 
   return context

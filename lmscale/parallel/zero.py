@@ -39,13 +39,18 @@ def gather_once(layout: Any, params: Any, dtype: Any) -> Any:
 
 
 def gather_stages(layout: Any, params: Any) -> Any:
-  """The rows of every stage on each device, of what `gather_once` gave."""
+  """The parts of every stage on each device, of what `gather_once` gave."""
 
-  def gather(leaf: LeafLayout, x: jax.Array) -> jax.Array:
-    return x if leaf.rows is None else jax.lax.all_gather(x, leaf.rows, axis=0, tiled=True)
+  def gather_rows(leaf: LeafLayout, x: jax.Array) -> jax.Array:
+    return x if leaf.rows is None else jax.lax.all_gather(x, 'pipe', axis=0, tiled=True)
+
+  def gather_vocabulary(leaf: LeafLayout, x: jax.Array) -> jax.Array:
+    # Not on shards: a part of one stage is cut over `tensor` in itself.
+    return x if leaf.pipe_dim is None else jax.lax.all_gather(x, 'pipe', axis=leaf.pipe_dim, tiled=True)
 
   specs = map_layout(lambda leaf: leaf.kept, layout)
-  return _on_tensor_shards(lambda tree: map_layout(gather, layout, tree), specs)(params)
+  params = _on_tensor_shards(lambda tree: map_layout(gather_rows, layout, tree), specs)(params)
+  return map_layout(gather_vocabulary, layout, params)
 
 
 def gather_where_used(layout: Any, params: Any, microbatch: jax.Array, dtype: Any, grad_dtype: Any) -> Any:
@@ -104,7 +109,7 @@ def reduce_gradients(layout: Any, grads: Any, stage: int) -> Any:
 
   def reduce(leaf: LeafLayout, g: jax.Array) -> jax.Array:
     g = over_data(leaf, g)
-    return jax.lax.psum(g, 'pipe') if pipe and leaf.rows is None else g
+    return jax.lax.psum(g, 'pipe') if pipe and not leaf.on_pipe else g
 
   def over_data(leaf: LeafLayout, g: jax.Array) -> jax.Array:
     dim = leaf.stacked_data_dim

@@ -8,6 +8,9 @@ Collectives over `tensor` stand inside of branches, which is sound: the devices 
 emulated CPU devices run what does not depend on each other in any order, and deadlock when two devices choose differently
 (jax 0.10). So each tick has one order, made of true dependencies: forward, backward, message up, message down (`_after`).
 
+With mesh.vocab_on_pipe embedding and head are cut over the stages, and all work on what the first stage takes in and the last
+one has put out in this tick: the table tells each device what the others do.
+
 A stage's input waits until its backward pass. What its layers save waits, too, under train.remat `selective` and `none`;
 under `full` only for train.stored_microbatches of those in flight. The others' forward pass is done again, into one more slot.
 """
@@ -20,7 +23,6 @@ import jax.numpy as jnp
 
 from lmscale.batch import ROWS
 from lmscale.models import model
-from lmscale.models.context import Context
 from lmscale.models.layers import RESIDUAL
 from lmscale.parallel.layout import map_layout
 from lmscale.parallel.pipeline.layout import forward_table, step_table
@@ -52,8 +54,8 @@ class _Carry(NamedTuple):
 def run_pipeline(setup: Setup, head_loss: model.HeadLoss, params: Any, batch: Batch, trains: bool) -> tuple[Any, Sums]:
   """(gradients of this device's layers and of embedding, final norm and head, None where it does not train; sums).
 
-  params: the compute copy. batch: as in `parallel.gradients`, with the table's cells of this device, int32 [ticks, 1,
-  COLUMNS], and how many `ticks` of them to run.
+  params: the compute copy. batch: as in `parallel.gradients`, with the table's cells, int32 [ticks, pipe, COLUMNS], and how
+  many `ticks` of them to run.
   """
   device = _Device(setup, head_loss, params, batch, trains)
   carry = jax.lax.fori_loop(0, batch['ticks'], device.tick, device.start())
@@ -62,21 +64,35 @@ def run_pipeline(setup: Setup, head_loss: model.HeadLoss, params: Any, batch: Ba
   return {**carry.outer, 'layers': tuple((stack,) for stack in carry.layers)}, carry.sums
 
 
+class _Task(NamedTuple):
+  """One phase of a tick. row: what each device does, [pipe] per column. cell: what this one does."""
+
+  phase: str
+  row: Batch
+  cell: Batch
+
+  def of(self, column: str, device: int | None = None) -> jax.Array:
+    """A column of this phase for this device, or another."""
+    values = self.cell if device is None else self.row
+    return values[f'{self.phase}_{column}'] if device is None else values[f'{self.phase}_{column}'][device]
+
+
 class _Device:
   """What a device does in a tick."""
 
   def __init__(self, setup: Setup, head_loss: model.HeadLoss, params: Any, batch: Batch, trains: bool):
-    config = setup.config
     self.setup, self.head_loss, self.batch, self.trains = setup, head_loss, batch, trains
+    self.config, mesh, train = setup.config.model, setup.config.mesh, setup.config.train
     self.outer = {part: leaves for part, leaves in params.items() if part != 'layers'}
     self.context = make_context(setup)
-    self.first, self.last = (jax.lax.axis_index('pipe') == at for at in (0, config.mesh.pipe - 1))
-    table = step_table(config) if trains else forward_table(config)
-    self.slots = table.slots
-    self.stored = table.slots['residual'] if config.train.remat != 'full' else min(config.train.stored_microbatches, table.slots['residual'])
-    self.recomputes = trains and self.stored < table.slots['residual']
+    self.pipe, self.virtual, self.vocab_on_pipe = mesh.pipe, mesh.virtual, mesh.vocab_on_pipe
+    self.device = jax.lax.axis_index('pipe')
+    self.slots = (step_table if trains else forward_table)(setup.config).slots
+    wanted = train.stored_microbatches if train.remat == 'full' else self.slots['residual']
+    self.stored = min(wanted, self.slots['residual'])
+    self.recomputes = self.stored < self.slots['residual']
     self.zero = jnp.minimum(batch['microbatches'], 0)  # which the compiler cannot know
-    self.x = jnp.zeros((*batch['tokens'].shape[1:], config.model.d_model), setup.dtype)
+    self.x = jnp.zeros((*batch['tokens'].shape[1:], self.config.d_model), setup.dtype)
     stacks = [run[0] for run in params['layers']]
     self.layers = StageLayers(setup, stacks, self.x, self.context(self.microbatch(0)))
 
@@ -84,113 +100,142 @@ class _Device:
     """Empty buffers and sums."""
     acc = jnp.promote_types(jnp.float32, self.setup.dtype)
     sums = Sums(jnp.zeros((), acc), jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32))
+    activation, cotangent = (self.buffer(self.slots[name]) for name in ('activation', 'cotangent'))
     if not self.trains:
-      return _Carry(self.waiting('activation'), self.x[None], self.x[None], [], [], None, sums)
+      return _Carry(activation, cotangent, self.buffer(0), [], [], None, sums)
     grads = self.no_gradients()
-    layers = [run[0] for run in grads.pop('layers')]
-    ring = self.layers.ring(self.stored + self.recomputes)
-    output = jnp.zeros((self.stored + self.recomputes + 1, *self.x.shape), self.x.dtype)
-    return _Carry(self.waiting('activation'), self.waiting('cotangent'), output, ring, layers, grads, sums)
+    layers, slots = [run[0] for run in grads.pop('layers')], self.stored + self.recomputes
+    return _Carry(activation, cotangent, self.buffer(slots), self.layers.ring(slots), layers, grads, sums)
 
   def tick(self, t: jax.Array, carry: _Carry) -> _Carry:
     """Forward, backward, messages."""
-    cell = dict(zip(COLUMNS, take(self.batch['table'], t)[0], strict=True))
-    y, carry = self.forward(cell, carry)
-    dx = carry.cotangent[0]
-    if self.trains:
-      dx, carry = self.backward(cell, y, carry)
+    table = take(self.batch['table'], t)
+    y, carry = self.forward(self.task('forward', table), carry)
+    if not self.trains:
+      dx = y
+    else:
+      dx, carry = self.backward(self.task('backward', table + (_bits(y) & self.zero)), carry)
       y = _after(_after(y, dx, self.zero), carry.outer['embed']['tokens'], self.zero)
     up = self.send(y, 1)
-    activation = put(carry.activation, up, cell['receive_activation'])
+    cell = self.task('receive', table).cell
+    carry = carry._replace(activation=put(carry.activation, up, cell['receive_activation']))
     if not self.trains:
-      return carry._replace(activation=activation)
+      return carry
     down = self.send(_after(dx, up, self.zero), -1)
-    return carry._replace(activation=activation, cotangent=put(carry.cotangent, down, cell['receive_cotangent']))
+    return carry._replace(cotangent=put(carry.cotangent, down, cell['receive_cotangent']))
 
-  def forward(self, cell: Batch, carry: _Carry) -> tuple[jax.Array, _Carry]:
-    """The forward task: (output of its stage, carry)."""
-    chunk, slot = cell['forward_chunk'], cell['forward_residual']
-    microbatch = self.microbatch(cell['forward_microbatch'])
-    ctx, last = self.context(microbatch), self.is_last(chunk)
-    x = self.input(carry, chunk, cell['forward_activation'], microbatch, ctx)
+  def forward(self, task: _Task, carry: _Carry) -> tuple[jax.Array, _Carry]:
+    """A forward task: (output of its stage, carry)."""
+    chunk, slot = task.of('chunk'), task.of('residual')
+    ctx = self.context(self.microbatch(task.of('microbatch')))
+    x = self.input(task, chunk, carry)
     waits = (slot != NOTHING) & (slot < self.stored)
-    # The last stage's forward pass that is done again in the backward task need not be done before.
-    run = jnp.where(last & ~waits, NOTHING, chunk) if self.recomputes else chunk
     slot = jnp.where(waits, slot, NOTHING)
-    y, ring = self.layers.forward(x, run, ctx, carry.ring if self.trains and self.stored else None, slot)
-    sums = carry.sums._replace(ran=carry.sums.ran.at[0].add(chunk != NOTHING))
+    # The last stage's forward pass that is done again in the backward task need not be done before.
+    run = jnp.where(self.is_last(chunk) & ~waits, NOTHING, chunk) if self.recomputes else chunk
+    y, ring = self.layers.forward(x, run, ctx, carry.ring if self.stored else None, slot)
+    carry = carry._replace(sums=carry.sums._replace(ran=carry.sums.ran.at[0].add(chunk != NOTHING)))
     if not self.trains:
-      return y, carry._replace(sums=_when(last, lambda sums: self.loss(self.outer, y, microbatch, ctx, sums), sums))
-    output = put(carry.output, y, slot) if self.stored else carry.output
-    return y, carry._replace(ring=ring if self.stored else carry.ring, output=output, sums=sums)
+      return y, carry._replace(sums=self.at_last(task, y, self.add_loss, carry.sums))
+    return y, carry._replace(ring=ring, output=put(carry.output, y, slot)) if self.stored else carry
 
-  def backward(self, cell: Batch, y: jax.Array, carry: _Carry) -> tuple[jax.Array, _Carry]:
-    """The backward task: (gradient of its stage's input, carry)."""
-    chunk, slot = cell['backward_chunk'] + (_bits(y) & self.zero), cell['backward_residual']
-    microbatch = self.microbatch(cell['backward_microbatch'])
-    ctx, first, last = self.context(microbatch), self.is_first(chunk), self.is_last(chunk)
+  def backward(self, task: _Task, carry: _Carry) -> tuple[jax.Array, _Carry]:
+    """A backward task: (gradient of its stage's input, carry)."""
+    chunk, slot = task.of('chunk'), task.of('residual')
+    ctx = self.context(self.microbatch(task.of('microbatch')))
     if self.recomputes:
-      again = jnp.where(slot >= self.stored, chunk, NOTHING)
-      slot = jnp.where(slot >= self.stored, self.stored, slot)
-      x = self.input(carry, again, cell['backward_activation'], microbatch, ctx)
-      y, ring = self.layers.forward(x, again, ctx, carry.ring, jnp.where(again != NOTHING, slot, NOTHING))
-      carry = carry._replace(ring=ring, output=put(carry.output, y, jnp.where(again != NOTHING, slot, NOTHING)))
-    y, ct = take(carry.output, slot), take(carry.cotangent, cell['backward_cotangent'])
-    outer, sums, ct = _when(last, lambda state: self.head(y, microbatch, ctx, *state), (carry.outer, carry.sums, ct))
+      again = slot >= self.stored
+      slot = jnp.where(again, self.stored, slot)
+      into, run = jnp.where(again, slot, NOTHING), jnp.where(again, chunk, NOTHING)
+      y, ring = self.layers.forward(self.input(task, run, carry), run, ctx, carry.ring, into)
+      carry = carry._replace(ring=ring, output=put(carry.output, y, into))
+    y, ct = take(carry.output, slot), take(carry.cotangent, task.of('cotangent'))
+    outer, sums, ct = self.at_last(task, y, self.add_head, (carry.outer, carry.sums, ct))
     dx, layers = self.layers.backward(ct, chunk, ctx, carry.ring, slot, carry.layers)
-    outer = _when(first, lambda outer: self.embed_backward(dx, microbatch, ctx, outer), outer)
+    outer = self.at_first(task, dx, self.add_embedding, outer)
     sums = sums._replace(ran=sums.ran.at[1].add(chunk != NOTHING))
     return dx, carry._replace(layers=layers, outer=outer, sums=sums)
 
-  def input(self, carry: _Carry, chunk: jax.Array, slot: jax.Array, microbatch: Batch, ctx: Context) -> jax.Array:
-    """What a stage begins with: the embedding in the first, else what was received."""
+  def input(self, task: _Task, chunk: jax.Array, carry: _Carry) -> jax.Array:
+    """What the stage `chunk` begins with: the embedding in the first, else what was received."""
+    received = take(carry.activation, task.of('activation'))
 
-    def embed() -> jax.Array:
-      return ctx.constrain(model.embed(self.setup.config.model, self.outer['embed'], microbatch['tokens'], ctx), RESIDUAL)
+    def embed(_: jax.Array) -> jax.Array:
+      microbatch = self.microbatch(task.of('microbatch', 0))
+      ctx = self.context(microbatch)
+      return ctx.constrain(model.embed(self.config, self.outer['embed'], microbatch['tokens'], ctx), RESIDUAL)
 
-    return jax.lax.cond(self.is_first(chunk), embed, lambda: ctx.constrain(take(carry.activation, slot), RESIDUAL))
+    first = (self.device == 0) & (chunk == 0)
+    if not self.vocab_on_pipe:
+      return _when(first, embed, received)
+    return jnp.where(first, _when(task.of('chunk', 0) == 0, embed, received), received)
 
-  def head(self, y: jax.Array, microbatch: Batch, ctx: Context, outer: Any, sums: Sums, ct: jax.Array) -> tuple[Any, Sums, jax.Array]:
-    """The loss of the last stage's output y: (outer gradients with its own added, sums with the loss, gradient of y)."""
+  def at_last(self, task: _Task, y: jax.Array, function: Callable, value: Any) -> Any:
+    """function(value, output of the last stage, its microbatch, whether it is here) where the last stage has a task, else value."""
+    return self.at(task, self.pipe - 1, self.virtual - 1, y, function, value)
 
-    def loss(params: Any, y: jax.Array) -> tuple[jax.Array, Sums]:
-      new = self.loss(params, y, microbatch, ctx, sums)
-      return new.loss, new
+  def at_first(self, task: _Task, dx: jax.Array, function: Callable, value: Any) -> Any:
+    """The same for the first stage and the gradient of its input."""
+    return self.at(task, 0, 0, dx, function, value)
 
-    (_, sums), (grads, dy) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(self.outer, y)
-    return self.add(outer, grads), sums, ctx.constrain(dy, RESIDUAL)
+  def at(self, task: _Task, device: int, chunk: int, x: jax.Array, function: Callable, value: Any) -> Any:
+    """On that device alone; with the vocabulary on `pipe` on all, which are sent its x."""
+    here = self.device == device
+    active = task.of('chunk', device) == chunk
 
-  def loss(self, params: Any, y: jax.Array, microbatch: Batch, ctx: Context, sums: Sums) -> Sums:
-    """The sums with the loss of a microbatch added."""
-    hidden = model.final_norm(self.setup.config.model, params['final_norm'], y)
-    loss, count = self.head_loss(params, hidden, microbatch, ctx)
-    return sums._replace(loss=sums.loss + loss, count=sums.count + count)
+    def run(value: Any) -> Any:
+      sent = jax.lax.psum(jnp.where(here, x, 0), 'pipe') if self.vocab_on_pipe else x
+      return function(value, sent, self.microbatch(task.of('microbatch', device)), here)
 
-  def embed_backward(self, dx: jax.Array, microbatch: Batch, ctx: Context, outer: Any) -> Any:
-    """The outer gradients with those of the embedding added. dx: gradient of its output."""
-    config, tokens = self.setup.config.model, microbatch['tokens']
-    _, vjp = jax.vjp(lambda params: model.embed(config, params, tokens, ctx), self.outer['embed'])
-    return {**outer, 'embed': self.add(outer['embed'], vjp(dx)[0])}
+    return _when(active if self.vocab_on_pipe else active & here, run, value)
 
-  def add(self, total: Any, grads: Any) -> Any:
-    return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
+  def add_loss(self, sums: Sums, y: jax.Array, microbatch: Batch, here: jax.Array) -> Sums:
+    """The sums with the loss of the last stage's output y."""
+    loss, count = self.loss(self.outer, y, microbatch)
+    return sums._replace(loss=sums.loss + jnp.where(here, loss, 0), count=sums.count + jnp.where(here, count, 0))
+
+  def add_head(self, value: tuple, y: jax.Array, microbatch: Batch, here: jax.Array) -> tuple:
+    """(outer gradients, sums, ct) with those of the loss of the last stage's output y; there, ct is the gradient of y."""
+    outer, sums, ct = value
+    (loss, count), (grads, dy) = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)(self.outer, y, microbatch)
+    sums = sums._replace(loss=sums.loss + jnp.where(here, loss, 0), count=sums.count + jnp.where(here, count, 0))
+    return self.add(outer, grads, here), sums, jnp.where(here, dy, ct)
+
+  def loss(self, params: Any, y: jax.Array, microbatch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(summed loss, how many were counted) of the last stage's output."""
+    hidden = model.final_norm(self.config, params['final_norm'], y)
+    return self.head_loss(params, hidden, microbatch, self.context(microbatch))
+
+  def add_embedding(self, outer: Any, dx: jax.Array, microbatch: Batch, here: jax.Array) -> Any:
+    """The outer gradients with those of the embedding, whose output has the gradient dx."""
+    ctx = self.context(microbatch)
+    _, vjp = jax.vjp(lambda params: model.embed(self.config, params, microbatch['tokens'], ctx), self.outer['embed'])
+    return self.add(outer, {'embed': vjp(dx)[0]}, here)
+
+  def add(self, outer: Any, grads: Any, here: jax.Array) -> Any:
+    """Adds gradients of some parts; those that all devices know alike on one of them only."""
+
+    def add(leaf: Any, total: jax.Array, g: jax.Array) -> jax.Array:
+      return total + (g if leaf.on_pipe or not self.vocab_on_pipe else jnp.where(here, g, 0)).astype(total.dtype)
+
+    return {**outer, **{part: map_layout(add, self.setup.layout[part], outer[part], g) for part, g in grads.items()}}
+
+  def task(self, phase: str, table: jax.Array) -> _Task:
+    row = dict(zip(COLUMNS, table.T, strict=True))
+    return _Task(phase, row, {name: take(column, self.device) for name, column in row.items()})
 
   def send(self, x: jax.Array, step: int) -> jax.Array:
-    """x of the device `step` before this one in the ring."""
-    pipe = self.setup.config.mesh.pipe
-    return jax.lax.ppermute(x, 'pipe', [(i, (i + step) % pipe) for i in range(pipe)])
+    """To the device `step` behind this one in the ring."""
+    return jax.lax.ppermute(x, 'pipe', [(i, (i + step) % self.pipe) for i in range(self.pipe)])
 
   def microbatch(self, j: jax.Array | int) -> Batch:
     return {name: take(self.batch[name], jnp.int32(j)) for name in ROWS}
 
-  def is_first(self, chunk: jax.Array) -> jax.Array:
-    return self.first & (chunk == 0)
-
   def is_last(self, chunk: jax.Array) -> jax.Array:
-    return self.last & (chunk == self.setup.config.mesh.virtual - 1)
+    return (self.device == self.pipe - 1) & (chunk == self.virtual - 1)
 
-  def waiting(self, buffer: str) -> jax.Array:
-    return jnp.zeros((self.slots[buffer] + 1, *self.x.shape), self.x.dtype)
+  def buffer(self, slots: int) -> jax.Array:
+    return jnp.zeros((slots + 1, *self.x.shape), self.x.dtype)
 
   def no_gradients(self) -> Any:
     """Zeros like the parameters on this device, in train.grad_dtype."""

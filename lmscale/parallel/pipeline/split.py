@@ -17,31 +17,34 @@ Function = Callable[[Any, jax.Array], jax.Array]  # (params, x) -> y
 CALLS = ('jit', 'pjit', 'closed_call', 'checkpoint', 'remat', 'remat2', 'custom_jvp_call', 'custom_vjp_call', 'shard_map')
 
 
-def forward(function: Function, params: Any, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-  """(y, what the backward pass needs of x)."""
+def kept(function: Function, params: Any, x: jax.Array) -> tuple[list[bool], list[jax.ShapeDtypeStruct]]:
+  """(which leaves of the function's vjp depend on x, their shapes); arguments may be shapes."""
+  traced = jax.make_jaxpr(lambda params, x: _vjp(function, params, x)[1])(params, x)
+  jaxpr = getattr(traced, 'jaxpr', traced)
+  keep = dependent(jaxpr, [False] * (len(jaxpr.invars) - 1) + [True])
+  leaves = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.outvars]
+  return keep, [leaf for leaf, depends in zip(leaves, keep, strict=True) if depends]
+
+
+def forward(function: Function, params: Any, x: jax.Array, keep: list[bool]) -> tuple[jax.Array, list[jax.Array]]:
+  """(y, what the backward pass needs of x). keep: as `kept` says."""
   y, leaves, _ = _vjp(function, params, x)
-  keep = _kept(function, params, x)
-  return y, [leaf for leaf, kept in zip(leaves, keep, strict=True) if kept]
+  return y, [leaf for leaf, depends in zip(leaves, keep, strict=True) if depends]
 
 
-def backward(function: Function, params: Any, like: jax.Array, saved: list[jax.Array], ct: jax.Array) -> tuple[Any, jax.Array]:
-  """(gradients of params, gradient of x) from what `forward` saved. like: zeros, of x's shape; ct: gradient of y."""
-  _, leaves, tree = _vjp(function, params, like)
+def backward(
+  function: Function, params: Any, x: jax.Array, keep: list[bool], saved: list[jax.Array], ct: jax.Array
+) -> tuple[Any, jax.Array]:
+  """(gradients of params, gradient of x) from what `forward` saved. x: zeros of its shape; ct: gradient of y."""
+  _, leaves, tree = _vjp(function, params, x)
   waiting = iter(saved)
-  leaves = [next(waiting) if kept else leaf for leaf, kept in zip(leaves, _kept(function, params, like), strict=True)]
+  leaves = [next(waiting) if depends else leaf for leaf, depends in zip(leaves, keep, strict=True)]
   return jax.tree.unflatten(tree, leaves)(ct)
 
 
 def _vjp(function: Function, params: Any, x: jax.Array) -> tuple[jax.Array, list[jax.Array], Any]:
   y, vjp = jax.vjp(function, params, x)
   return y, *jax.tree.flatten(vjp)
-
-
-def _kept(function: Function, params: Any, x: jax.Array) -> list[bool]:
-  """Which leaves of the vjp depend on x."""
-  traced = jax.make_jaxpr(lambda params, x: _vjp(function, params, x)[1])(params, x)
-  jaxpr = getattr(traced, 'jaxpr', traced)
-  return dependent(jaxpr, [False] * (len(jaxpr.invars) - 1) + [True])
 
 
 def dependent(jaxpr: Any, inputs: list[bool]) -> list[bool]:

@@ -46,7 +46,8 @@ class StageLayers:
     device = jax.lax.axis_index('pipe')
     self._places = [jnp.asarray(table)[device] for table in places[:3]]
     self._most = places.most
-    self._saved = [self._saved_shapes(k, ctx) for k in range(len(self._kinds))]
+    rows = self._rows(stacks)
+    self._keep, self._saved = zip(*(split.kept(self._layer(k, ctx), row, x) for k, row in enumerate(rows)), strict=True)
 
   def ring(self, slots: int) -> Ring:
     """Room for what the layers of a stage save, `slots` times and once more for what nobody reads."""
@@ -63,13 +64,13 @@ class StageLayers:
     def run(k: int, x: jax.Array, row: jax.Array) -> tuple[jax.Array, list]:
       if ring is None:
         return self._layer(k, ctx)(self._row(k, row), x), []
-      y, saved = split.forward(self._layer(k, ctx), self._row(k, row), x)
+      y, saved = split.forward(self._layer(k, ctx), self._row(k, row), x, self._keep[k])
       return y, self._beside(k, saved, self._saved)
 
     def body(carry: tuple, place: tuple) -> tuple[tuple, None]:
       x, ring = carry
       kind, row, rank = place
-      idle = (lambda x, row: (x, [])) if ring is None else (lambda x, row: (x, split.zeros_like(self._saved)))
+      idle = (lambda x, row: (x, [])) if ring is None else (lambda x, row: (x, split.zeros_like(list(self._saved))))
       x, saved = self._switch(kind, run, idle, x, row)
       if ring is not None:
         slots = [jnp.where(kind == k, slot, NOTHING) for k in range(len(self._kinds))]
@@ -86,7 +87,7 @@ class StageLayers:
 
     def run(k: int, ct: jax.Array, row: jax.Array, rank: jax.Array) -> tuple[jax.Array, list]:
       saved = [take(buffer, slot, rank) for buffer in ring[k]]
-      dparams, dx = split.backward(self._layer(k, ctx), self._row(k, row), self._x, saved, ct)
+      dparams, dx = split.backward(self._layer(k, ctx), self._row(k, row), self._x, self._keep[k], saved, ct)
       dparams = jax.tree.map(lambda g: g.astype(self._setup.grad_dtype), dparams)
       return ctx.constrain(dx, RESIDUAL), self._beside(k, dparams, self._rows(grads))
 
@@ -122,10 +123,6 @@ class StageLayers:
   def _rows(self, stacks: list[Any]) -> list[Any]:
     """Shapes of one row of each stack."""
     return [jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack) for stack in stacks]
-
-  def _saved_shapes(self, k: int, ctx: Context) -> list[jax.ShapeDtypeStruct]:
-    row = self._rows(self.stacks)[k]
-    return jax.eval_shape(lambda params, x: split.forward(self._layer(k, ctx), params, x)[1], row, self._x)
 
   def _beside(self, k: int, value: Any, shapes: list[Any]) -> list[Any]:
     """`value` for kind k, zeros for the others."""
