@@ -7,13 +7,13 @@ messages of different axes are sent at the same time.
 from typing import Any
 
 from lmscale.config import Config
+from lmscale.models.flops import flops_per_token
 from lmscale.parallel.layout import LeafLayout
 from lmscale.parallel.mesh import AXES
+from lmscale.parallel.pipeline.layout import microbatches
 from lmscale.plan.executed import executed_flops
-from lmscale.models.flops import flops_per_token
 from lmscale.plan.hardware import Hardware
 from lmscale.plan.memory import device_parameters, leaf_widths, local_elements
-from lmscale.parallel.pipeline.layout import microbatches
 
 
 def bounds_report(config: Config, hardware: Hardware, total: int, traffic: dict[str, dict[str, float]], bubble: float) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import jax
 from jax.sharding import Mesh
 
 from lmscale.config import Config
+from lmscale.parallel.pipeline.layout import microbatches
 from lmscale.plan.collectives import Collective, read_collectives
 from lmscale.plan.memory import bytes_per_device
-from lmscale.parallel.pipeline.layout import microbatches
 
 
 def compiled_report(config: Config, compiled: Any, state: Any, mesh: Mesh) -> dict[str, Any]:

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 from lmscale.config import Config
+from lmscale.models.flops import head_flops
 from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
+from lmscale.parallel.pipeline.layout import microbatches
 from lmscale.parallel.pipeline.stages import balance
 from lmscale.parallel.rules import make_rules
 from lmscale.plan.activations import layer_activations
 from lmscale.plan.bounds import axis_link, parameter_traffic
 from lmscale.plan.executed import layer_executed_flops
-from lmscale.plan.flops import head_flops
 from lmscale.plan.hardware import Hardware
 from lmscale.plan.memory import BYTES, leaf_widths, local_elements, state_bytes
-from lmscale.plan.pipeline import microbatches
 from lmscale.plan.traffic import embedding_messages, head_messages, layer_messages, parameter_messages
 
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from lmscale.config import Config
 from lmscale.parallel.layout import LeafLayout
+from lmscale.parallel.pipeline.layout import microbatches, stage_layers, step_table
 from lmscale.parallel.pipeline.stages import device_layers
 from lmscale.plan.collectives import ring_bytes
 from lmscale.plan.memory import BYTES, device_parameters, leaf_widths, local_elements
-from lmscale.parallel.pipeline.layout import microbatches, stage_layers, step_table
 
 
 class Message(NamedTuple):

@@ -183,7 +183,6 @@ def test_fields_of_unused_layer_kinds_are_not_checked():
 @pytest.mark.parametrize(
   ('mesh', 'devices', 'detail'),
   [
-    ({'pipe': 2}, 8, 'pipeline parallelism is not available yet: set mesh.pipe=1'),
     ({'tensor': 3}, 8, '8 devices / (pipe 1 * tensor 3 = 3)'),
     ({'tensor': 2, 'data': 3}, 8, '1 * data 3 * tensor 2 = 6, but there are 8 devices; set mesh.data=4'),
     ({'tensor': 3, 'data': 2}, 8, 'mesh.tensor=2, mesh.data=4'),

@@ -5,10 +5,10 @@ import pathlib
 import pytest
 
 from lmscale.config import Config, fill_data, recipes
+from lmscale.models.flops import flops_per_token_paper
 from lmscale.parallel.pipeline.replay import in_flight, simulate
 from lmscale.parallel.pipeline.schedule import make_table
 from lmscale.plan.executed import executed_flops
-from lmscale.models.flops import flops_per_token_paper
 from lmscale.plan.papers import activation_bytes, iteration_flops
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
