@@ -2,16 +2,27 @@
 
 import functools
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import PartitionSpec
 
 from lmscale.config import MeshConfig
 from lmscale.models import model
 from lmscale.models.stacking import to_layers
+from lmscale.parallel import zero
+from lmscale.parallel.feed import batch_specs
 from lmscale.parallel.gradients import make_gradients
+from lmscale.parallel.layout import map_layout
+from lmscale.parallel.mesh import MANUAL
+from lmscale.parallel.pipeline.executor import run_pipeline
+from lmscale.plan.collectives import read_collectives
 from lmscale.train.program import Program
 from lmscale.train.schedule import StepInputs
 
@@ -69,6 +80,7 @@ class Whole(tiny.Rows):
     self.arrays['labels'][:] = np.roll(self.arrays['tokens'], -1, axis=1)
 
 
+TESTS = os.pathsep.join([str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parents[2])])
 ROWS = {'packed': tiny.Rows(), 'whole': Whole()}
 
 
@@ -113,3 +125,111 @@ def test_pipeline_equals_one_device(digits):
       gradients = jax.jit(make_gradients(program.setup, _loss(program)))
       for name, batch in _batches(program).items():
         _check(case, _host(program, *gradients(state.params, batch)), reference[name], 1e-10)
+
+
+SCALE = ('schedule', 'pattern', 'mesh', 'sequence', 'tied')
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize('values', itertools.product(*(FACTORS[name] for name in SCALE)), ids=lambda values: '-'.join(map(str, values)))
+def test_all_pipelines_equal_one_device(values):
+  """The product of everything; the four stages of ZeRO, which act before and after the loop, around one loop."""
+  case = dict(zip(SCALE, values, strict=True)) | {'zero': 0, 'remat': 'full', 'vocab': False}
+  if case['sequence'] and 'tensor' not in case['mesh'] and case['mesh'] != 'all':
+    pytest.skip('no tensor axis cuts the sequence')
+  reference = _reference(case['pattern'], case['tied'], 'float32')
+  programs = [_program(case | {'zero': stage}, 'float32') for stage in FACTORS['zero']]
+  layouts = [program.setup.layout for program in programs]
+  params = [program.init().params for program in programs]
+
+  def local(params, batch):
+    copies = [zero.gather_once(layout, p, np.float32) for layout, p in zip(layouts, params, strict=True)]
+    differ = [jax.tree.map(lambda a, b: jax.numpy.any(a != b), copies[0], copy) for copy in copies[1:]]
+    grads, sums = run_pipeline(programs[0].setup, _loss(programs[0]), copies[3], batch, trains=True)
+    reduced = [zero.reduce_gradients(layout, grads, stage) for stage, layout in enumerate(layouts)]
+    return reduced, *jax.lax.psum(sums[:2], MANUAL), jax.lax.psum(sum(jax.tree.leaves(differ)), MANUAL)
+
+  stored = [map_layout(lambda leaf: leaf.manual, layout) for layout in layouts]
+  whole = PartitionSpec()
+  specs = batch_specs(programs[0].config)
+  with jax.set_mesh(programs[0].mesh):
+    mapped = jax.jit(jax.shard_map(
+      local, in_specs=(stored, specs), out_specs=(stored, whole, whole, whole), axis_names=set(MANUAL), check_vma=False
+    ))  # fmt: skip
+    for name, batch in _batches(programs[0]).items():
+      reduced, loss, count, differ = mapped(params, {key: batch[key] for key in specs})
+      assert not differ
+      for grads, program in zip(reduced, programs, strict=True):
+        _check(case, _host(program, grads, loss, count), reference[name], 1e-5)
+
+
+def _stage_program(schedule, microbatches, **train):
+  virtual = 2 if schedule == 'interleaved' else 1
+  mesh = MeshConfig(2, 2, 1, 1, False, schedule, virtual)
+  config = tiny.config(mesh, tiny.change(tiny.MODEL, pattern='-*-*'), batch=2 * microbatches, **train)
+  return Program(config, jax.devices()[:4])
+
+
+@pytest.mark.parametrize('schedule', ['1f1b', 'interleaved'])
+def test_every_task_runs_once_and_one_reduction_follows(schedule):
+  """Counted in the loop; and read in the program's text: no collective over `data` inside it, one round of messages."""
+  program = _stage_program(schedule, 4)
+  virtual = program.config.mesh.virtual
+
+  def local(params, batch):
+    grads, sums = run_pipeline(program.setup, _loss(program), zero.gather_once(program.setup.layout, params, np.float32), batch, True)
+    return zero.reduce_gradients(program.setup.layout, grads, 1), sums.ran[None], jax.lax.psum(sums.loss, MANUAL)
+
+  specs, params = batch_specs(program.config), program.init().params
+  stored = map_layout(lambda leaf: leaf.manual, program.setup.layout)
+  batch = program.batch(StepInputs(0, 0, 8, 0, 1e-3), tiny.Rows())
+  batch = {key: batch[key] for key in specs}
+  with jax.set_mesh(program.mesh):
+    mapped = jax.shard_map(
+      local, in_specs=(stored, specs), out_specs=(stored, PartitionSpec(MANUAL), PartitionSpec()), axis_names=set(MANUAL),
+      check_vma=False,
+    )  # fmt: skip
+    compiled = jax.jit(mapped).lower(params, batch).compile()
+    assert compiled(params, batch)[1].tolist() == [[4 * virtual, 4 * virtual]] * 4
+    # A microbatch that is not finite makes the loss so, and everything ends.
+    params['embed']['tokens'] = params['embed']['tokens'].at[int(batch['tokens'][1, 0, 0])].set(np.nan)
+    assert np.isnan(compiled(params, batch)[2])
+  found = read_collectives(compiled.as_text(), program.mesh)
+  assert not [c for c in found if 'data' in c.axes and c.in_loop]
+  assert [c for c in found if 'data' in c.axes]
+  inside = [c for c in found if c.in_loop]
+  assert {(c.kind, c.axes) for c in inside} == {('collective-permute', ('pipe',))}
+  activation = 16 * 16  # of one sequence
+  assert [c.elements for c in inside] == [activation, activation]
+
+
+@pytest.mark.parametrize('schedule,flat', [('1f1b', True), ('1f1b_strict', True), ('interleaved', True), ('gpipe', False)])
+def test_memory_does_not_grow_with_the_microbatches(schedule, flat):
+  few, many = (
+    _stage_program(schedule, m, remat='selective').lower_step().compile().memory_analysis().temp_size_in_bytes for m in (8, 32)
+  )
+  assert (many <= 1.02 * few) is flat, (few, many)
+
+
+@pytest.mark.scale
+def test_it_does_not_hang():
+  """Stages and `tensor` together, two stages a device, in fresh processes: there emulated devices once waited for each other."""
+  for _ in range(5):
+    subprocess.run([sys.executable, '-c', STEPS], check=True, timeout=300, env=os.environ | {'PYTHONPATH': TESTS})
+
+
+STEPS = """
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+import tiny
+from lmscale.config import MeshConfig
+from lmscale.train.program import Program
+from lmscale.train.schedule import StepInputs
+mesh = MeshConfig(2, 2, 2, 1, True, 'interleaved', 2)
+program = Program(tiny.config(mesh, tiny.change(tiny.MODEL, pattern='M-*-')))
+state, rows = program.init(), tiny.Rows()
+for step in range(20):
+  state, metrics = program.step(state, program.batch(StepInputs(step, 0, 16, 0, 1e-3), rows))
+assert metrics['ok'], metrics
+"""
