@@ -29,35 +29,6 @@ from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Compute capability 9.0 in the CUDA C++ programming guide, appendix "Compute Capabilities" (threads, registers, 228
-# KB of shared memory per multiprocessor, 227 KB of it for one block); NVIDIA H200 datasheet (141 GB at 4.8 TB/s);
-# NVIDIA H100 architecture white paper (132 multiprocessors, 128 FP32 lanes each, 50 MB of L2, 1.98 GHz at most).
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  memory_bandwidth: 4800000000000
-  device_memory_size: 141000000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-}
-platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-"""
-
 # heads, head_dim, state, groups, length, batch; the Mamba-1 layer has heads * head_dim channels and a state of 16.
 SHAPES = {
   '8b-b1': (128, 64, 128, 8, 4096, 1),
@@ -196,8 +167,10 @@ def compile_case(case: str, shape: str) -> dict:
   from jax.experimental import topologies
   from jax.sharding import NamedSharding, PartitionSpec
 
+  from lmscale.plan.hardware import gpu_target
+
   devices = topologies.get_topology_desc(
-    platform='cuda', topology_name='h200', target_config=H200, topology='1x1x1'
+    platform='cuda', topology_name='h200', target_config=gpu_target('H200'), topology='1x1x1'
   ).devices
   mesh = jax.sharding.Mesh(np.array(devices), ('device',), axis_types=(jax.sharding.AxisType.Auto,))
   jax.default_backend = lambda: 'gpu'  # what the operations ask for their chunks and layouts; a process per case

@@ -43,14 +43,13 @@ def axis_link(config: Config, hardware: Hardware, axis: str) -> float:
 
 
 def memory_traffic(config: Config) -> float:
-  """Bytes that a step reads and writes at least on the fullest device: parameters, gradients and the optimizer's state.
+  """Bytes that a step reads and writes at least on a device: parameters, gradients and the optimizer's state.
 
   In each microbatch the compute copy is read in the forward and the backward pass, and once more where layers are recomputed, and the
   gradients are written, with several microbatches read and written; the update reads gradients, master and moments and writes the latter
   two. Activations are left out.
   """
-  devices = device_parameters(config)
-  return max(sum(parameter_traffic(config, leaf) for group in groups for leaf in group) for groups in devices)
+  return sum(parameter_traffic(config, leaf) for group in device_parameters(config) for leaf in group)
 
 
 def parameter_traffic(config: Config, leaf: LeafLayout) -> float:

@@ -1,9 +1,9 @@
 """Reads the collectives out of a compiled program's text: which, over which mesh axis, how large, and how often."""
 
 import dataclasses
-import functools
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -24,7 +24,7 @@ class Collective:
   """One collective instruction.
 
   axes: the mesh axes over which it talks; ranks: devices in a group; elements, bytes: of its result, on one device; times: how often
-  it runs in the program; in_loop: whether that is in a loop.
+  it runs in the program; in_loop: whether that is in a loop; sometimes: it may run less often, because it is in a branch.
   """
 
   kind: str
@@ -34,6 +34,7 @@ class Collective:
   bytes: int
   times: int
   in_loop: bool
+  sometimes: bool
   line: str
 
   @property
@@ -54,10 +55,11 @@ def ring_bytes(kind: str, size: float, ranks: int) -> float:
 def read_collectives(text: str, mesh: Mesh, unknown: int = 1) -> list[Collective]:
   """The collectives of `compiled.as_text()`.
 
-  mesh: names the device groups; its devices must be in id order. unknown: how often a loop runs whose end is not in the text.
+  mesh: names the device groups; its devices must be in id order. unknown: how often a loop runs whose end is not in the text; one
+  within such a one runs once or not at all.
   """
   computations = _split(text)
-  times, looped = _count(computations, unknown)
+  runs = _count(computations, unknown)
   found = []
   for name, lines in computations.items():
     for line in lines:
@@ -67,7 +69,8 @@ def read_collectives(text: str, mesh: Mesh, unknown: int = 1) -> list[Collective
         sizes = _results(match['kind'] if match['start'] else '', match['type'])
         elements, size = sum(n for n, _ in sizes), sum(n * width for n, width in sizes)
         what = match['kind'], _axes(line, groups, mesh), len(groups[0]) if groups else 0
-        found.append(Collective(*what, elements, size, times.get(name, 0), name in looped, line.strip()))
+        how = runs[name]
+        found.append(Collective(*what, elements, size, how.times, how.in_loop, how.sometimes, line.strip()))
   return [c for c in found if c.axes]
 
 
@@ -83,43 +86,56 @@ def _split(text: str) -> dict[str, list[str]]:
   return computations
 
 
-def _count(computations: dict[str, list[str]], unknown: int) -> tuple[dict[str, int], set[str]]:
-  """How often each computation runs, each branch whenever its conditional does, and those that run in a loop."""
-  calls = {name: [call for line in lines for call in _calls(line, computations, unknown)] for name, lines in computations.items()}
-  callers = {name: [(n, caller) for caller, called in calls.items() for other, n in called if other == name] for name in calls}
-  looped: set[str] = set()
+class _Runs(NamedTuple):
+  """How a computation runs: how often, in a loop or not, and whether in some turns only, which may be none: in a branch, or in a loop
+  without a known end within another such loop."""
 
-  @functools.cache
-  def times(name: str) -> int:
-    return sum((n or 1) * times(caller) for n, caller in callers[name]) if callers[name] else 1
-
-  def mark(name: str, inside: bool) -> None:
-    if not inside or name not in looped:
-      looped.update([name] if inside else [])
-      for other, n in calls[name]:
-        mark(other, inside or n is not None)
-
-  for name in [name for name in calls if not callers[name]]:
-    mark(name, False)
-  return {name: times(name) for name in calls}, looped
+  times: int = 1
+  in_loop: bool = False
+  endless: bool = False
+  sometimes: bool = False
 
 
-def _calls(line: str, computations: dict[str, list[str]], unknown: int) -> list[tuple[str, int | None]]:
-  """(computation, how often: None but for a loop's) that an instruction runs."""
+def _count(computations: dict[str, list[str]], unknown: int) -> dict[str, _Runs]:
+  """Of each computation that is run. What is called from several places runs as often as all of them say."""
+  calls = {name: [call for line in lines for call in _calls(line, computations)] for name, lines in computations.items()}
+  called = {name for each in calls.values() for name, _, _ in each}
+  found: dict[str, _Runs] = {}
+
+  def walk(name: str, runs: _Runs) -> None:
+    found[name] = runs._replace(times=runs.times + found[name].times) if name in found else runs
+    for other, how, trips in calls[name]:
+      if how == 'loop' and trips is None:
+        more = 1 if runs.endless else unknown
+        walk(other, _Runs(runs.times * more, True, True, runs.sometimes or runs.endless))
+      elif how == 'loop':
+        walk(other, runs._replace(times=runs.times * trips, in_loop=True))
+      else:
+        walk(other, runs._replace(sometimes=runs.sometimes or how == 'branch'))
+
+  for name in calls:
+    if name not in called:
+      walk(name, _Runs())
+  return found
+
+
+def _calls(line: str, computations: dict[str, list[str]]) -> list[tuple[str, str, int | None]]:
+  """(computation, call | loop | branch, turns of a loop where they are known) that an instruction runs."""
   names = _CALLED.findall(line)
   for group in _BRANCHES.findall(line):
     names += [part.strip().lstrip('%') for part in group.split(',')]
-  trips = _trips(line, computations, unknown) if ' while(' in line else None
-  return [(name, trips) for name in names if name in computations]
+  how = 'loop' if ' while(' in line else 'branch' if ' conditional(' in line else 'call'
+  trips = _trips(line, computations) if how == 'loop' else None
+  return [(name, how, trips) for name in names if name in computations]
 
 
-def _trips(line: str, computations: dict[str, list[str]], unknown: int) -> int:
+def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
   """How often a loop runs: as the compiler says, or the constant that its condition compares with."""
   if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line):
     return int(known[1])
   condition = computations.get(re.search(r'condition=%?([\w.\-]+)', line)[1], [])
   constants = [int(n) for part in condition for n in re.findall(r's32\[\][^=]* constant\((\d+)\)', part)]
-  return max(constants, default=unknown)
+  return max(constants, default=None)
 
 
 def _results(started: str, result: str) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from lmscale.config import Config
-from lmscale.parallel.pipeline.layout import microbatches
+from lmscale.parallel.pipeline.layout import microbatches, step_table
 from lmscale.plan.collectives import Collective, read_collectives
 from lmscale.plan.memory import bytes_per_device
 
@@ -20,7 +20,8 @@ def compiled_report(config: Config, compiled: Any, state: Any, mesh: Mesh) -> di
   bytes: arguments, outputs, aliased, temporaries as the compiler allocates them, and `total` = arguments + outputs - aliased +
   temporaries. state: master and moments by the plan, by the shardings of the arguments, and whether they are equal;
   other_arguments: what else is handed over, counters and the batch.
-  collectives: {axis: {kind: {count, bytes}}} of one step, bytes as received in a ring.
+  collectives: {axis: {kind: {count, bytes, at_most}}} of one step, bytes as received in a ring; at_most: each branch counts as if it were always
+  taken.
   """
   memory = compiled.memory_analysis()
   plan = bytes_per_device(config)
@@ -37,8 +38,13 @@ def compiled_report(config: Config, compiled: Any, state: Any, mesh: Mesh) -> di
     'plan_total': plan['total'],
     'state': {'plan': plan['optimizer'] * 3 // 2, 'arguments': arguments, 'equal': plan['optimizer'] * 3 == 2 * arguments},
     'other_arguments': used['arguments'] - arguments,
-    'collectives': sum_collectives(read_collectives(compiled.as_text(), mesh, unknown=microbatches(config))),
+    'collectives': sum_collectives(read_collectives(compiled.as_text(), mesh, unknown=_turns(config))),
   }
+
+
+def _turns(config: Config) -> int:
+  """Of the step's one loop whose end the program is told: over microbatches, in a pipeline over the ticks of its table."""
+  return step_table(config).ticks if config.mesh.pipe > 1 else microbatches(config)
 
 
 def _moments(state: Any) -> list[Any]:
@@ -52,10 +58,11 @@ def shard_bytes(tree: Any) -> int:
 
 
 def sum_collectives(found: Iterable[Collective]) -> dict[str, dict[str, dict[str, float]]]:
-  """{axes, joined by +: {kind: {count, bytes}}}."""
+  """{axes, joined by +: {kind: {count, bytes, at_most}}}."""
   sums: dict[str, dict[str, dict[str, float]]] = collections.defaultdict(dict)
   for c in found:
-    entry = sums['+'.join(c.axes)].setdefault(c.kind, {'count': 0, 'bytes': 0.0})
+    entry = sums['+'.join(c.axes)].setdefault(c.kind, {'count': 0, 'bytes': 0.0, 'at_most': False})
     entry['count'] += c.times
     entry['bytes'] += c.received
+    entry['at_most'] |= c.sometimes
   return dict(sums)

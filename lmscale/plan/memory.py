@@ -15,12 +15,12 @@ activations and temporaries. With pipe > 1 the figures are those of the fullest 
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lmscale.config import Config
 from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
-from lmscale.parallel.pipeline.layout import microbatches, stage_layers, step_table
+from lmscale.parallel.pipeline.layout import microbatches, stage_layers, stage_stacking, step_table
 from lmscale.parallel.pipeline.replay import in_flight
 from lmscale.parallel.pipeline.stages import device_layers
 from lmscale.parallel.rules import make_rules
@@ -61,15 +61,24 @@ def zero_bytes(parameters: float, data: int, stage: int, widths: Widths = PAPER)
 def bytes_per_device(config: Config) -> dict[str, int]:
   """Bytes on the fullest device, by the groups of the module's docstring, and their `total`. mesh.data must be known."""
   layers = device_layers(stage_layers(config), config.mesh.pipe)
-  each = enumerate(zip(device_parameters(config), layers, activations_held(config), strict=True))
-  return max((_device_bytes(config, device, *parts) for device, parts in each), key=lambda plan: plan['total'])
+  groups = device_parameters(config)
+  each = enumerate(zip(layers, activations_held(config), strict=True))
+  return max((_device_bytes(config, device, groups, *parts) for device, parts in each), key=lambda plan: plan['total'])
 
 
-def device_parameters(config: Config) -> list[list[list[LeafLayout]]]:
-  """The parameters of each device of a pipeline, grouped by what is gathered together: each layer, embedding, final norm, head."""
-  layout = make_layout(config, make_stacking(config.model.layers, 'unrolled'), make_rules(config))
-  devices = device_layers(stage_layers(config), config.mesh.pipe)
-  return [_device_leaves(config, layout, device, layers) for device, layers in enumerate(devices)]
+def device_parameters(config: Config) -> list[list[LeafLayout]]:
+  """The parameters of a device, grouped by what is gathered together: each layer, embedding, final norm, head.
+
+  The devices of a pipeline run one program: each has room for the most layers of a kind that one of them has, and the embedding and
+  the head, whole or its part of their vocabulary.
+  """
+  pipe = config.mesh.pipe
+  stacking = make_stacking(config.model.layers, 'unrolled') if pipe == 1 else stage_stacking(config)
+  layout = make_layout(config, stacking, make_rules(config))
+  rows = [(len(run[0].layers) // pipe, leaves[0]) for run, leaves in zip(stacking, layout['layers'], strict=True)]
+  groups = [leaves for count, leaves in rows for _ in range(count)]
+  groups += [layout[part] for part in ('embed', 'final_norm', 'head') if part in layout]
+  return [list(group.values()) for group in groups]
 
 
 def _device_bytes(
@@ -77,7 +86,7 @@ def _device_bytes(
 ) -> dict[str, int]:
   leaves = [leaf for group in groups for leaf in group]
   sizes = [(local_elements(config, leaf), local_elements(config, leaf, data=False)) for leaf in leaves]
-  states = (state_bytes(*size, config.mesh.zero, leaf_widths(config, leaf)) for size, leaf in zip(sizes, leaves, strict=True))
+  states = (state_bytes(*size, _stage(config), leaf_widths(config, leaf)) for size, leaf in zip(sizes, leaves, strict=True))
   parameters, gradients, optimizer = (sum(part) for part in zip(*states, strict=True))
   result = {
     'parameters': parameters,
@@ -89,21 +98,17 @@ def _device_bytes(
   return {**result, 'total': sum(result.values())}
 
 
-def _device_leaves(config: Config, layout: dict[str, Any], device: int, layers: list[int]) -> list[list[LeafLayout]]:
-  groups: list[dict[str, LeafLayout]] = [layout['layers'][i][0] for i in layers]
-  first, last = device == 0, device == config.mesh.pipe - 1
-  if first or (last and config.model.tied):
-    groups.append(layout['embed'])
-  if last:
-    groups += [layout[part] for part in ('final_norm', 'head') if part in layout]
-  return [list(group.values()) for group in groups]
-
-
 def local_elements(config: Config, leaf: LeafLayout, data: bool = True) -> int:
   """Elements of a parameter on one device; `data=False` before ZeRO cuts it."""
   cuts = [config.mesh.tensor for axis in leaf.tensor if axis == 'tensor']
   cuts += [config.mesh.data] if data and leaf.data_dim is not None else []
+  cuts += [config.mesh.pipe] if leaf.pipe_dim is not None else []
   return leaf.spec.size // math.prod(cuts)
+
+
+def _stage(config: Config) -> int:
+  """ZeRO's stage: a pipeline gathers the parameters of its stages once a step, under 3 as under 2."""
+  return min(config.mesh.zero, 2) if config.mesh.pipe > 1 else config.mesh.zero
 
 
 def leaf_widths(config: Config, leaf: LeafLayout) -> Widths:
@@ -120,7 +125,7 @@ def _copy_bytes(config: Config, leaves: Iterable[LeafLayout]) -> int:
 
 
 def _temporary_bytes(config: Config, groups: list[list[LeafLayout]], device: int, stored: int, whole: int) -> int:
-  train, zero = config.train, config.mesh.zero
+  train, zero = config.train, _stage(config)
   compute = BYTES[train.compute_dtype]
   grad = leaf_widths(config, groups[0][0]).gradient
   several = microbatches(config) > 1

@@ -147,7 +147,8 @@ def _compiled_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
   ]
   for axes, kinds in compiled['collectives'].items():
     sent, formula = sum(k['bytes'] for k in kinds.values()), sum(report['traffic'].get(axes, {}).values())
-    beside = f'{sent / formula:.2f} of the plan; ' if formula else ''
+    at_most = 'at most ' if any(k['at_most'] for k in kinds.values()) else ''
+    beside = f'{at_most}{sent / formula:.2f} of the plan; ' if formula else at_most
     rows.append((f'  sent, {axes}', size(sent), beside + ', '.join(f'{n["count"]:,} {kind}' for kind, n in kinds.items())))
   return rows
 

@@ -41,13 +41,13 @@ class Rough:
     tokens = rows * train.seq_len
     seconds = turns * tokens * self._dearest(mesh.pipe * mesh.virtual, train.remat) / mesh.tensor / self._rate
     parameters = self._parameters(mesh.tensor, mesh.data, mesh.zero, count, train.remat == 'full')
-    seconds += parameters['traffic'] / mesh.pipe / self._hardware.hbm
+    seconds += _share(parameters['traffic'], mesh.pipe) / self._hardware.hbm
     if mesh.tensor > 1:
       layers, ends = self._stream(mesh.tensor, mesh.sequence_parallel, train.remat)
       sent = (layers / mesh.pipe + ends) * rows * turns / mesh.virtual
       seconds += sent / axis_link(config, self._hardware, 'tensor')
     if mesh.data > 1:
-      seconds += parameters['sent'] / mesh.pipe / axis_link(config, self._hardware, 'data')
+      seconds += _share(parameters['sent'], mesh.pipe) / axis_link(config, self._hardware, 'data')
     if mesh.pipe > 1:
       ticks = count * mesh.virtual + (mesh.virtual + 1) * mesh.pipe - 2
       seconds += 2 * ticks * rows * self._width(config) / axis_link(config, self._hardware, 'pipe')
@@ -64,7 +64,7 @@ class Rough:
       held = self._width(config) * (layers + (flight * mesh.virtual if mesh.pipe > 1 else 0))
     else:
       held = flight * self._kept(mesh.tensor, mesh.sequence_parallel, train.remat) / mesh.pipe
-    return parameters['state'] / mesh.pipe + parameters['ends'] + rows * held
+    return _share(parameters['state'], mesh.pipe) + rows * held
 
   def _width(self, config: Config) -> float:
     """Bytes of one sequence of the residual stream."""
@@ -89,24 +89,28 @@ class Rough:
     config = self._changed({'tensor': tensor, 'sequence_parallel': sequence_parallel})
     return sum(count * layer_activations(config, kind, remat) for kind, count in self._counts.items())
 
-  def _of_parameters(self, tensor: int, data: int, zero: int, count: int, full: bool) -> dict[str, float]:
-    """Of all parameters: bytes of state, of traffic with the memory, and received over `data`; `ends`: state of the larger of embedding and head."""
-    mesh = {'pipe': 1, 'virtual': 1, 'tensor': tensor, 'data': data, 'zero': zero}
+  def _of_parameters(self, tensor: int, data: int, zero: int, count: int, full: bool) -> dict[str, tuple[float, float]]:
+    """(of all layers, of embedding, final norm and head): bytes of state, of traffic with the memory, and received over `data`."""
+    mesh = {'pipe': 1, 'virtual': 1, 'tensor': tensor, 'data': data, 'zero': zero, 'vocab_on_pipe': False}
     config = self._changed(mesh, {'remat': 'full' if full else 'none', 'microbatch': 1, 'batch': count * data})
     layout = make_layout(config, make_stacking(''.join(self._counts), 'unrolled'), make_rules(config))
     layers = [(leaf, n) for run, n in zip(layout['layers'], self._counts.values(), strict=True) for leaf in run[0].values()]
-    ends = [[(leaf, 1) for leaf in layout[part].values()] for part in ('embed', 'head') if part in layout]
-    every = layers + [pair for end in ends for pair in end]
-    return {
-      'state': _sum(functools.partial(_state, config), layers),
-      'ends': max(_sum(functools.partial(_state, config), end) for end in ends),
-      'traffic': _sum(functools.partial(parameter_traffic, config), every),
-      'sent': _sum(lambda leaf: sum(m.bytes for m in parameter_messages(config, leaf)), every) if data > 1 else 0.0,
+    outer = [(leaf, 1) for part in ('embed', 'final_norm', 'head') if part in layout for leaf in layout[part].values()]
+    of = {
+      'state': functools.partial(_state, config),
+      'traffic': functools.partial(parameter_traffic, config),
+      'sent': lambda leaf: sum(m.bytes for m in parameter_messages(config, leaf)) if data > 1 else 0.0,
     }
+    return {name: (_sum(count, layers), _sum(count, outer)) for name, count in of.items()}
 
   def _changed(self, mesh: dict[str, Any] | None = None, train: dict[str, Any] | None = None) -> Config:
     changed = {name: dataclasses.replace(getattr(self._config, name), **(part or {})) for name, part in (('mesh', mesh), ('train', train))}
     return dataclasses.replace(self._config, **changed)
+
+
+def _share(parts: tuple[float, float], pipe: int) -> float:
+  """Of one device: its part of the layers, and what all stages have."""
+  return parts[0] / pipe + parts[1]
 
 
 def _sum(of: Callable[[LeafLayout], float], leaves: list[tuple[LeafLayout, int]]) -> float:

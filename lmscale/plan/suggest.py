@@ -27,7 +27,7 @@ TRIED = 200  # layouts that are planned exactly
 VIRTUAL = (1, 2, 3, 4, 6, 8)
 MOST_MICROBATCH = 16
 FIELDS = {
-  'mesh': ('pipe', 'data', 'tensor', 'zero', 'sequence_parallel', 'schedule', 'virtual'),
+  'mesh': ('pipe', 'data', 'tensor', 'zero', 'sequence_parallel', 'schedule', 'virtual', 'vocab_on_pipe'),
   'train': ('microbatch', 'remat'),
 }
 
@@ -104,7 +104,7 @@ def layouts(config: Config, devices: int) -> Iterator[Config]:
     data = devices // (tensor * pipe)
     for virtual, power in itertools.product(VIRTUAL if pipe > 1 else (1,), range(MOST_MICROBATCH.bit_length())):
       mesh = {'pipe': pipe, 'data': data, 'tensor': tensor, 'virtual': virtual, 'sequence_parallel': False}
-      mesh['schedule'] = 'interleaved' if virtual > 1 else '1f1b'
+      mesh |= {'schedule': 'interleaved' if virtual > 1 else '1f1b', 'vocab_on_pipe': config.mesh.vocab_on_pipe and pipe > 1}
       plain = _changed(config, mesh, {'microbatch': 2**power})
       if not _allowed(plain):
         continue

@@ -6,7 +6,7 @@ tensor  each mixer's output is one sum over the devices, and in the backward pas
         stream, under sequence parallelism a gather before and a scatter behind (arXiv 2205.05198, section 4.2), and one more gather
         where the mixer's input is recomputed. The embedding's look-up and the head's gradient are sums in float32.
 data    ZeRO's: the compute copy gathered once a step and gradients reduced (stages 1 and 2), or both in each microbatch (3)
-pipe    every tick a device sends an activation on and a gradient back
+pipe    every tick a device sends an activation on and a gradient back; gradients of what all stages have are summed once a step
 Scalars, losses, gradients of norms and what is not divided by `tensor` in Mamba-2's norms are left out: they are small.
 """
 
@@ -22,50 +22,53 @@ from lmscale.plan.memory import BYTES, device_parameters, leaf_widths, local_ele
 
 
 class Message(NamedTuple):
-  """A kind of collective over an axis; bytes received by a device in a step."""
+  """A collective and the bytes that a device receives in it."""
 
-  axis: str
   kind: str
   bytes: float
 
 
 def step_traffic(config: Config) -> dict[str, dict[str, float]]:
-  """{axis: {kind: bytes}} of one step, on each axis of the device that receives most. mesh.data must be known."""
-  most: dict[str, dict[str, float]] = {}
-  for messages in _by_device(config):
-    sums: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
-    for axis, kind, size in messages:
-      sums[axis][kind] += size
-    for axis, kinds in sums.items():
-      if sum(kinds.values()) > sum(most.get(axis, {}).values()):
-        most[axis] = dict(kinds)
-  return {axis: most[axis] for axis in ('tensor', 'data', 'pipe') if axis in most}
+  """{axis: {kind: bytes}} of one step, over `tensor` of the device that receives most. mesh.data must be known."""
+  mesh, count = config.mesh, microbatches(config)
+  sent: dict[str, dict[str, float]] = {}
+  if mesh.tensor > 1:
+    devices = (_sums(messages, count) for messages in _over_tensor(config))
+    sent['tensor'] = max(devices, key=lambda kinds: sum(kinds.values()))
+  parameters = [leaf for group in device_parameters(config) for leaf in group]
+  if mesh.data > 1:
+    sent['data'] = _sums([message for leaf in parameters for message in parameter_messages(config, leaf)])
+  if mesh.pipe > 1:
+    sent['pipe'] = _sums([_ticks(config), *_vocabulary(config), *(_outer(config, leaf) for leaf in parameters if not leaf.on_pipe)])
+  return sent
 
 
-def _by_device(config: Config) -> list[list[Message]]:
+def _sums(messages: list[Message], times: int = 1) -> dict[str, float]:
+  """{kind: bytes}"""
+  sums: dict[str, float] = collections.defaultdict(float)
+  for message in messages:
+    sums[message.kind] += times * message.bytes
+  return dict(sums)
+
+
+def _over_tensor(config: Config) -> list[list[Message]]:
+  """Of each device in one microbatch."""
   mesh, kinds = config.mesh, config.model.layers
-  layers = device_layers(stage_layers(config), mesh.pipe)
-  count = microbatches(config)
-  found = []
-  for device, groups in enumerate(device_parameters(config)):
-    messages = [message for group in groups for leaf in group for message in parameter_messages(config, leaf)] if mesh.data > 1 else []
-    if mesh.tensor > 1:
-      ends = [embedding_messages(config)] * (device == 0) + [head_messages(config)] * (device == mesh.pipe - 1)
-      parts = [*(layer_messages(config, kinds[i]) for i in layers[device]), *ends]
-      messages += [message._replace(bytes=count * message.bytes) for part in parts for message in part]
-    if mesh.pipe > 1:
-      messages.append(_pipe(config))
-    found.append(messages)
-  return found
+  of = {kind: layer_messages(config, kind) for kind in set(kinds)}
+  devices = [[message for i in layers for message in of[kinds[i]]] for layers in device_layers(stage_layers(config), mesh.pipe)]
+  for device, messages in enumerate(devices):
+    messages += embedding_messages(config) if device == 0 or mesh.vocab_on_pipe else []
+    messages += head_messages(config) if device == mesh.pipe - 1 or mesh.vocab_on_pipe else []
+  return devices
 
 
 def parameter_messages(config: Config, leaf: LeafLayout) -> list[Message]:
   """Of one parameter in a step: ZeRO's."""
   mesh, size = config.mesh, local_elements(config, leaf, data=False)
   widths = leaf_widths(config, leaf)
-  gather = _message(mesh.data, 'data', 'all-gather', size * widths.copy)
-  scatter = _message(mesh.data, 'data', 'reduce-scatter', size * widths.gradient)
-  reduce = _message(mesh.data, 'data', 'all-reduce', size * widths.gradient)
+  gather = _message(mesh.data, 'all-gather', size * widths.copy)
+  scatter = _message(mesh.data, 'reduce-scatter', size * widths.gradient)
+  reduce = _message(mesh.data, 'all-reduce', size * widths.gradient)
   if leaf.data_dim is None or mesh.zero == 0:
     return [reduce]
   if mesh.zero == 1:
@@ -80,12 +83,14 @@ def layer_messages(config: Config, kind: str) -> list[Message]:
   """Of one layer in one microbatch, over `tensor`."""
   model, train, mesh = config.model, config.train, config.mesh
   stream, width = _tokens(config) * model.d_model, BYTES[train.compute_dtype]
-  kinds = ['all-reduce'] * 2  # the output, and the gradient of the input
+  # The output, and the gradient of the input; a pipeline's recomputation makes the output of each layer again.
+  passes = 3 if mesh.pipe > 1 and train.remat == 'full' else 2
+  kinds = ['all-reduce'] * passes
   if mesh.sequence_parallel:
-    kinds = ['all-gather', 'reduce-scatter'] * 2 + ['all-gather'] * (train.remat != 'none')
-  messages = [_message(mesh.tensor, 'tensor', name, stream * width) for name in kinds]
+    kinds = ['all-gather', 'reduce-scatter'] * passes + ['all-gather'] * (passes == 2 and train.remat != 'none')
+  messages = [_message(mesh.tensor, name, stream * width) for name in kinds]
   channels, times = _whole_channels(config, kind)
-  return messages + [_message(mesh.tensor, 'tensor', 'all-reduce', _tokens(config) * channels * width)] * times
+  return messages + [_message(mesh.tensor, 'all-reduce', _tokens(config) * channels * width)] * times
 
 
 def _whole_channels(config: Config, kind: str) -> tuple[int, int]:
@@ -101,29 +106,53 @@ def _whole_channels(config: Config, kind: str) -> tuple[int, int]:
 
 
 def embedding_messages(config: Config) -> list[Message]:
-  """Of the look-up in one microbatch, a sum in float32."""
+  """Of the look-up in one microbatch, a sum in float32, and once more where a pipeline recomputes."""
   stream, mesh = _tokens(config) * config.model.d_model, config.mesh
   compute = BYTES[config.train.compute_dtype]
+  times = 2 if mesh.pipe > 1 and config.train.remat == 'full' else 1
   if not mesh.sequence_parallel:
-    return [_message(mesh.tensor, 'tensor', 'all-reduce', stream * max(4, compute))]
-  sizes = {'reduce-scatter': stream * max(4, compute), 'all-gather': stream * compute}  # the gradient is gathered
-  return [_message(mesh.tensor, 'tensor', kind, size) for kind, size in sizes.items()]
+    return [_message(mesh.tensor, 'all-reduce', stream * max(4, compute))] * times
+  gathered = _message(mesh.tensor, 'all-gather', stream * compute)  # the gradient
+  return [_message(mesh.tensor, 'reduce-scatter', stream * max(4, compute))] * times + [gathered]
 
 
 def head_messages(config: Config) -> list[Message]:
   """Of head and loss in one microbatch: the gradient of the hidden states, a sum in float32, and three numbers a token."""
   mesh, compute = config.mesh, BYTES[config.train.compute_dtype]
   stream = _tokens(config) * config.model.d_model
-  reduce = _message(mesh.tensor, 'tensor', 'all-reduce', (stream + 3 * _tokens(config)) * max(4, compute))
-  return [reduce] + [_message(mesh.tensor, 'tensor', 'all-gather', stream * compute)] * mesh.sequence_parallel
+  reduce = _message(mesh.tensor, 'all-reduce', (stream + 3 * _tokens(config)) * max(4, compute))
+  return [reduce] + [_message(mesh.tensor, 'all-gather', stream * compute)] * mesh.sequence_parallel
 
 
-def _pipe(config: Config) -> Message:
-  """Every tick an activation to the next device and a gradient to the one before."""
-  mesh = config.mesh
-  stream = _tokens(config) * config.model.d_model * BYTES[config.train.compute_dtype]
-  cut = mesh.tensor if mesh.sequence_parallel else 1
-  return Message('pipe', 'collective-permute', 2 * step_table(config).ticks * stream / cut)
+def _ticks(config: Config) -> Message:
+  """Of a pipeline's ticks: in each an activation to the next device and a gradient to the one before."""
+  return Message('collective-permute', 2 * step_table(config).ticks * _stream(config))
+
+
+def _outer(config: Config, leaf: LeafLayout) -> Message:
+  """The gradient of a parameter that all stages have, once it is reduced over `data`: summed over them."""
+  cut = config.mesh.zero > 0 and leaf.data_dim is not None
+  size = local_elements(config, leaf, data=cut) * leaf_widths(config, leaf).gradient
+  return _message(config.mesh.pipe, 'all-reduce', size)
+
+
+def _vocabulary(config: Config) -> list[Message]:
+  """With the vocabulary on `pipe`: what the first stage takes in and the last gives, and their gradients, on all devices.
+
+  The embedding's output (again where it is recomputed) and the gradient of the head's input are sums in float32.
+  """
+  if not config.mesh.vocab_on_pipe:
+    return []
+  width = BYTES[config.train.compute_dtype]
+  sums = (3 if config.train.remat == 'full' else 2) * max(4, width) / width
+  sizes = [_stream(config) * (2 + sums), 3 * _tokens(config) * max(4, width)]
+  return [_message(config.mesh.pipe, 'all-reduce', size) for size in sizes] * microbatches(config)
+
+
+def _stream(config: Config) -> float:
+  """Bytes of a microbatch between two layers, on a device."""
+  cut = config.mesh.tensor if config.mesh.sequence_parallel else 1
+  return _tokens(config) * config.model.d_model * BYTES[config.train.compute_dtype] / cut
 
 
 def _tokens(config: Config) -> int:
@@ -131,5 +160,5 @@ def _tokens(config: Config) -> int:
   return config.train.microbatch * config.train.seq_len
 
 
-def _message(ranks: int, axis: str, kind: str, size: float) -> Message:
-  return Message(axis, kind, ring_bytes(kind, size, ranks))
+def _message(ranks: int, kind: str, size: float) -> Message:
+  return Message(kind, ring_bytes(kind, size, ranks))

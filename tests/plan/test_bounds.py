@@ -47,11 +47,12 @@ def test_data_parallelism(zero, per_parameter):
 
 
 def test_pipelines_send_in_every_tick():
-  """Microbatches and the ticks in which the pipeline fills and empties, activations and gradients."""
-  ticks = 16 + 2 * 3
-  assert step_traffic(build({'pipe': 4})) == {'pipe': {'collective-permute': 2 * ticks * SEQ * D * 2}}
+  """Microbatches and the ticks in which the pipeline fills and empties, activations and gradients; once a step the gradients of
+  embedding, final norm and head, which all stages have."""
+  ticks, outer = 16 + 2 * 3, (2 * VOCAB + 1) * D * 4
+  assert step_traffic(build({'pipe': 4})) == {'pipe': {'collective-permute': 2 * ticks * SEQ * D * 2, 'all-reduce': 2 * outer * 3 / 4}}
   both = step_traffic(build({'pipe': 4, 'tensor': 2, 'sequence_parallel': True}))
-  assert both['pipe'] == {'collective-permute': ticks * SEQ * D * 2}
+  assert both['pipe']['collective-permute'] == ticks * SEQ * D * 2
   assert both['tensor']['all-reduce'] == 16 * SEQ * (D + 3) * 4  # of the last device's head
 
 

@@ -43,6 +43,29 @@ def test_the_compiled_step_is_the_planned_one(zero):
   assert max(map(len, text.splitlines())) < 130
 
 
+@pytest.mark.parametrize(
+  'mesh',
+  [MeshConfig(2, 2, 2, 2, True, 'interleaved', 2, True)]
+  + [pytest.param(m, marks=pytest.mark.scale) for m in (MeshConfig(4, 2, 1, 1), MeshConfig(2, 2, 2, 3, True))],
+)
+def test_a_compiled_pipeline_is_the_planned_one(mesh):
+  """Unlike stages: a device has room for the most layers of each kind. What is sent in branches is counted as if all were taken."""
+  model = tiny.change(MLPS, pattern='*-----', tied=mesh.zero == 1)
+  report = compiled(tiny.config(mesh, model, microbatch=2, remat='none'))
+  found = report['compiled']
+  assert found['state']['equal'], found['state']
+  for axis in ('data', 'pipe'):
+    assert sent(found['collectives'][axis]) == pytest.approx(sum(report['traffic'][axis].values()), rel=0.05) or mesh.vocab_on_pipe
+  ticks = report['pipeline']['ticks']
+  assert found['collectives']['pipe']['collective-permute'] == {
+    'count': 2 * ticks, 'bytes': report['traffic']['pipe']['collective-permute'], 'at_most': False,
+  }  # fmt: skip
+  if mesh.tensor > 1:
+    assert found['collectives']['tensor']['all-reduce']['at_most']
+    assert sent(found['collectives']['tensor']) > sum(report['traffic']['tensor'].values())
+  assert 'at most' in format_report(report) or mesh.tensor == 1
+
+
 @pytest.mark.skipif(not CUDA, reason="needs the extra 'cuda'; no GPU")
 @pytest.mark.scale
 @pytest.mark.parametrize(('zero', 'sequence_parallel', 'remat'), [(1, True, 'none'), (2, False, 'selective'), (3, True, 'full')])
