@@ -2,7 +2,8 @@
 
 Stored, from the same layouts that place the real arrays: the fp32 master (float64 in a float64 run) and Adam's two
 moments, cut over `tensor` and, from ZeRO 1 up, over `data`. Held during a step: the compute copy, the gradients, the
-activations and temporaries. With pipe > 1 the figures are those of the fullest device.
+activations and temporaries. In a pipeline every device has buffers of one size, and embedding and head, unless
+mesh.vocab_on_pipe cuts them; ZeRO 3 gathers its layers once a step, as 2 does.
 
   parameters   master + compute copy. The copy is whole under ZeRO 0 to 2 and costs nothing where it is the master itself
                (fp32, not gathered); under ZeRO 3 only one layer's exists at a time, among the temporaries.
@@ -20,9 +21,7 @@ from typing import NamedTuple
 from lmscale.config import Config
 from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
-from lmscale.parallel.pipeline.layout import microbatches, stage_layers, stage_stacking, step_table
-from lmscale.parallel.pipeline.replay import in_flight
-from lmscale.parallel.pipeline.stages import device_layers
+from lmscale.parallel.pipeline.layout import kept_slots, microbatches, stage_places, stage_stacking, step_table
 from lmscale.parallel.rules import make_rules
 from lmscale.plan.activations import layer_activations, layer_working
 
@@ -60,42 +59,36 @@ def zero_bytes(parameters: float, data: int, stage: int, widths: Widths = PAPER)
 
 def bytes_per_device(config: Config) -> dict[str, int]:
   """Bytes on the fullest device, by the groups of the module's docstring, and their `total`. mesh.data must be known."""
-  layers = device_layers(stage_layers(config), config.mesh.pipe)
   groups = device_parameters(config)
-  each = enumerate(zip(layers, activations_held(config), strict=True))
-  return max((_device_bytes(config, device, groups, *parts) for device, parts in each), key=lambda plan: plan['total'])
-
-
-def device_parameters(config: Config) -> list[list[LeafLayout]]:
-  """The parameters of a device, grouped by what is gathered together: each layer, embedding, final norm, head.
-
-  The devices of a pipeline run one program: each has room for the most layers of a kind that one of them has, and the embedding and
-  the head, whole or its part of their vocabulary.
-  """
-  pipe = config.mesh.pipe
-  stacking = make_stacking(config.model.layers, 'unrolled') if pipe == 1 else stage_stacking(config)
-  layout = make_layout(config, stacking, make_rules(config))
-  rows = [(len(run[0].layers) // pipe, leaves[0]) for run, leaves in zip(stacking, layout['layers'], strict=True)]
-  groups = [leaves for count, leaves in rows for _ in range(count)]
-  groups += [layout[part] for part in ('embed', 'final_norm', 'head') if part in layout]
-  return [list(group.values()) for group in groups]
-
-
-def _device_bytes(
-  config: Config, device: int, groups: list[list[LeafLayout]], layers: list[int], held: int
-) -> dict[str, int]:
   leaves = [leaf for group in groups for leaf in group]
   sizes = [(local_elements(config, leaf), local_elements(config, leaf, data=False)) for leaf in leaves]
-  states = (state_bytes(*size, _stage(config), leaf_widths(config, leaf)) for size, leaf in zip(sizes, leaves, strict=True))
+  states = (state_bytes(*size, zero_stage(config), leaf_widths(config, leaf)) for size, leaf in zip(sizes, leaves, strict=True))
   parameters, gradients, optimizer = (sum(part) for part in zip(*states, strict=True))
   result = {
     'parameters': parameters,
     'gradients': gradients,
     'optimizer': optimizer,
-    'activations': held + _working_bytes(config, device, layers),
-    'temporaries': _temporary_bytes(config, groups, device, *(sum(part) for part in zip(*sizes, strict=True))),
+    'activations': activations_held(config) + _working_bytes(config),
+    'temporaries': _temporary_bytes(config, groups, *(sum(part) for part in zip(*sizes, strict=True))),
   }
   return {**result, 'total': sum(result.values())}
+
+
+def device_parameters(config: Config) -> list[list[LeafLayout]]:
+  """The parameters of a device, grouped by what is gathered together: each layer (in a pipeline each row of a stack, whether it
+  holds one or not), embedding, final norm, head."""
+  mesh = config.mesh
+  stacking = stage_stacking(config) if mesh.pipe > 1 else make_stacking(config.model.layers, 'unrolled')
+  layout = make_layout(config, stacking, make_rules(config))
+  stacks = [(stack, leaves) for run, parts in zip(stacking, layout['layers'], strict=True)
+            for stack, leaves in zip(run, parts, strict=True)]  # fmt: skip
+  rows = [list(leaves.values()) for stack, leaves in stacks for _ in range(len(stack.layers) // mesh.pipe)]
+  return rows + [list(layout[part].values()) for part in layout if part != 'layers']
+
+
+def zero_stage(config: Config) -> int:
+  """As which stage of ZeRO a step holds its parameters and gradients."""
+  return min(config.mesh.zero, 2) if config.mesh.pipe > 1 else config.mesh.zero
 
 
 def local_elements(config: Config, leaf: LeafLayout, data: bool = True) -> int:
@@ -104,11 +97,6 @@ def local_elements(config: Config, leaf: LeafLayout, data: bool = True) -> int:
   cuts += [config.mesh.data] if data and leaf.data_dim is not None else []
   cuts += [config.mesh.pipe] if leaf.pipe_dim is not None else []
   return leaf.spec.size // math.prod(cuts)
-
-
-def _stage(config: Config) -> int:
-  """ZeRO's stage: a pipeline gathers the parameters of its stages once a step, under 3 as under 2."""
-  return min(config.mesh.zero, 2) if config.mesh.pipe > 1 else config.mesh.zero
 
 
 def leaf_widths(config: Config, leaf: LeafLayout) -> Widths:
@@ -124,8 +112,8 @@ def _copy_bytes(config: Config, leaves: Iterable[LeafLayout]) -> int:
   return sum(leaf_widths(config, leaf).copy * local_elements(config, leaf, data=False) for leaf in leaves)
 
 
-def _temporary_bytes(config: Config, groups: list[list[LeafLayout]], device: int, stored: int, whole: int) -> int:
-  train, zero = config.train, _stage(config)
+def _temporary_bytes(config: Config, groups: list[list[LeafLayout]], stored: int, whole: int) -> int:
+  train, mesh, zero = config.train, config.mesh, zero_stage(config)
   compute = BYTES[train.compute_dtype]
   grad = leaf_widths(config, groups[0][0]).gradient
   several = microbatches(config) > 1
@@ -134,28 +122,31 @@ def _temporary_bytes(config: Config, groups: list[list[LeafLayout]], device: int
     microbatch = 2 * largest + (stored * grad if several else 0)  # the layer, and its gradient before it is scattered
   else:
     unscattered = grad * (whole - stored) if zero == 2 else 0
-    microbatch = unscattered + (whole * compute if several else 0)
-  last = device == config.mesh.pipe - 1
-  head = config.model.d_model * config.model.vocab // config.mesh.tensor * max(4, compute) if last else 0
-  return microbatch + head
+    # A pipeline adds a layer's gradient as soon as it is there, with rows of zeros for the other kinds.
+    rows = {leaf.stack.kind: sum(local_elements(config, leaf, data=False) for leaf in group) for group in groups
+            if (leaf := group[0]).stack}  # fmt: skip
+    beside = grad * sum(rows.values()) if mesh.pipe > 1 else whole * compute
+    microbatch = unscattered + (beside if several else 0)
+  vocab = config.model.vocab // mesh.tensor // (mesh.pipe if mesh.vocab_on_pipe else 1)
+  return microbatch + config.model.d_model * vocab * max(4, compute)
 
 
-def activations_held(config: Config) -> list[int]:
-  """Bytes that wait on each device for backward passes: those of the microbatches in flight, at the worst tick.
+def activations_held(config: Config) -> int:
+  """Bytes that wait on a device for backward passes.
 
-  Without a pipeline one microbatch is in flight, of which each layer's share waits (under `full` its input). With one the
-  schedule says how many; under `full` a stage's input waits, and its layers' inputs only while one microbatch goes backward.
+  Without a pipeline of one microbatch, of which each layer's share waits (under `full` its input). In one, buffers as
+  `pipeline.executor` has them, each with one row more for what nobody reads: inputs of stages, gradients of their outputs,
+  outputs, and what the fullest stage's layers save, for every microbatch in flight or (`full`) for one.
   """
-  mesh, train = config.mesh, config.train
-  layer = {kind: _kept(config, kind) for kind in set(config.model.layers)}
-  stage = [train.microbatch * sum(layer[config.model.layers[i]] for i in layers) for layers in stage_layers(config)]
+  mesh, train, layers = config.mesh, config.train, config.model.layers
   if mesh.pipe == 1:
-    return stage
-  table = step_table(config)
-  if train.remat != 'full':
-    return in_flight(table, stage).tolist()
-  inputs = in_flight(table, [train.microbatch * _stream(config) * train.seq_len] * table.stages)
-  return [int(n) + max(stage[device :: mesh.pipe]) for device, n in enumerate(inputs)]
+    kept = {kind: _kept(config, kind) for kind in set(layers)}
+    return train.microbatch * sum(kept[kind] for kind in layers)
+  table, saved = step_table(config), 'none' if train.remat == 'none' else 'selective'
+  places, rows = stage_places(config), sum(kept_slots(config, table)) + 1
+  ring = sum(most * layer_activations(config, kind, saved) for kind, most in zip(places.kinds, places.most, strict=True))
+  streams = table.slots['activation'] + table.slots['cotangent'] + 2 + rows
+  return train.microbatch * (rows * ring + streams * _stream(config) * train.seq_len)
 
 
 def _kept(config: Config, kind: str) -> int:
@@ -165,13 +156,11 @@ def _kept(config: Config, kind: str) -> int:
   return layer_activations(config, kind, config.train.remat)
 
 
-def _working_bytes(config: Config, device: int, layers: list[int]) -> int:
+def _working_bytes(config: Config) -> int:
   """What one layer holds, beside what it keeps, while its backward pass runs, and one chunk of the loss."""
   train = config.train
-  kinds = {config.model.layers[i] for i in layers}
-  working = max(max(layer_working(config, kind) - _kept(config, kind), 0) for kind in kinds)
-  loss = _loss_bytes(config, train.microbatch * train.seq_len) if device == config.mesh.pipe - 1 else 0
-  return train.microbatch * working + loss
+  working = max(max(layer_working(config, kind) - _kept(config, kind), 0) for kind in set(config.model.layers))
+  return train.microbatch * working + _loss_bytes(config, train.microbatch * train.seq_len)
 
 
 def _stream(config: Config) -> int:
@@ -182,6 +171,7 @@ def _stream(config: Config) -> int:
 
 def _loss_bytes(config: Config, tokens: int) -> int:
   """One chunk's logits and their gradient, and the hidden states with theirs."""
-  compute = BYTES[config.train.compute_dtype]
-  logits = min(config.train.loss_chunk, tokens) * config.model.vocab // config.mesh.tensor * 2 * max(4, compute)
+  compute, mesh = BYTES[config.train.compute_dtype], config.mesh
+  vocab = config.model.vocab // mesh.tensor // (mesh.pipe if mesh.vocab_on_pipe else 1)
+  logits = min(config.train.loss_chunk, tokens) * vocab * 2 * max(4, compute)
   return logits + 2 * compute * config.model.d_model * tokens

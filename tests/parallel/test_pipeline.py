@@ -62,12 +62,13 @@ def _program(case, dtype):
   mesh = MeshConfig(pipe, data, tensor, case['zero'], case['sequence'], case['schedule'], virtual, case['vocab'])
   part = case['remat'] == 'part'
   remat = {'remat': 'full' if part else case['remat'], 'stored_microbatches': int(part)}
-  config = tiny.config(mesh, _model(case), compute_dtype=dtype, **remat)
+  config = tiny.config(mesh, _model(case, dtype), compute_dtype=dtype, **remat)
   return Program(config, jax.devices()[: mesh.size])
 
 
-def _model(case):
-  return tiny.change(tiny.MODEL, pattern=PATTERNS[case['pattern']], tied=case['tied'])
+def _model(case, dtype):
+  """Calmer in float32, in which sums in another order differ in the last digits of their largest terms."""
+  return tiny.change(tiny.MODEL, pattern=PATTERNS[case['pattern']], tied=case['tied'], init_std=0.3 if dtype == 'float64' else 0.1)
 
 
 class Whole(tiny.Rows):
@@ -91,7 +92,7 @@ def _batches(program):
 @functools.cache
 def _reference(pattern, tied, dtype):
   """{rows: (loss, count, gradients in canonical order)} of one device, and the parameters in canonical order."""
-  config = tiny.config(model=_model({'pattern': pattern, 'tied': tied}), compute_dtype=dtype, microbatch=16)
+  config = tiny.config(model=_model({'pattern': pattern, 'tied': tied}, dtype), compute_dtype=dtype, microbatch=16)
   program = Program(config, jax.devices()[:1])
   gradients = jax.jit(make_gradients(program.setup, _loss(program)))
   params = program.init().params
@@ -116,15 +117,16 @@ def _check(case, found, reference, bound):
 
 
 @pytest.mark.parametrize('digits', COVER)
-def test_pipeline_equals_one_device(digits):
+@pytest.mark.parametrize('dtype,bound', [('float64', 1e-10), pytest.param('float32', 1e-5, marks=pytest.mark.scale)])
+def test_pipeline_equals_one_device(digits, dtype, bound):
   case = _case(digits)
-  with jax.enable_x64(True):
-    program, reference = _program(case, 'float64'), _reference(case['pattern'], case['tied'], 'float64')
+  with jax.enable_x64(dtype == 'float64'):
+    program, reference = _program(case, dtype), _reference(case['pattern'], case['tied'], dtype)
     state = program.init()
     with jax.set_mesh(program.mesh):
       gradients = jax.jit(make_gradients(program.setup, _loss(program)))
       for name, batch in _batches(program).items():
-        _check(case, _host(program, *gradients(state.params, batch)), reference[name], 1e-10)
+        _check(case, _host(program, *gradients(state.params, batch)), reference[name], bound)
 
 
 SCALE = ('schedule', 'pattern', 'mesh', 'sequence', 'tied')
@@ -137,13 +139,17 @@ def test_all_pipelines_equal_one_device(values):
   case = dict(zip(SCALE, values, strict=True)) | {'zero': 0, 'remat': 'full', 'vocab': False}
   if case['sequence'] and 'tensor' not in case['mesh'] and case['mesh'] != 'all':
     pytest.skip('no tensor axis cuts the sequence')
-  reference = _reference(case['pattern'], case['tied'], 'float32')
-  programs = [_program(case | {'zero': stage}, 'float32') for stage in FACTORS['zero']]
+  with jax.enable_x64(True):
+    _check_all_stages(case, _reference(case['pattern'], case['tied'], 'float64'))
+
+
+def _check_all_stages(case, reference):
+  programs = [_program(case | {'zero': stage}, 'float64') for stage in FACTORS['zero']]
   layouts = [program.setup.layout for program in programs]
   params = [program.init().params for program in programs]
 
   def local(params, batch):
-    copies = [zero.gather_once(layout, p, np.float32) for layout, p in zip(layouts, params, strict=True)]
+    copies = [zero.gather_once(layout, p, np.float64) for layout, p in zip(layouts, params, strict=True)]
     differ = [jax.tree.map(lambda a, b: jax.numpy.any(a != b), copies[0], copy) for copy in copies[1:]]
     grads, sums = run_pipeline(programs[0].setup, _loss(programs[0]), copies[3], batch, trains=True)
     reduced = [zero.reduce_gradients(layout, grads, stage) for stage, layout in enumerate(layouts)]
@@ -160,7 +166,7 @@ def test_all_pipelines_equal_one_device(values):
       reduced, loss, count, differ = mapped(params, {key: batch[key] for key in specs})
       assert not differ
       for grads, program in zip(reduced, programs, strict=True):
-        _check(case, _host(program, grads, loss, count), reference[name], 1e-5)
+        _check(case, _host(program, grads, loss, count), reference[name], 1e-10)
 
 
 def _stage_program(schedule, microbatches, **train):

@@ -1,5 +1,6 @@
 """Bytes per device: ZeRO's table, real shards, and the activation formulas of the papers."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,7 +11,7 @@ from lmscale.config import Config, ConfigError, check_mesh, from_dict, resolve_m
 from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
 from lmscale.parallel.mesh import make_mesh
-from lmscale.parallel.pipeline.layout import stage_layers
+from lmscale.parallel.pipeline.layout import stage_layers, step_table
 from lmscale.parallel.rules import make_rules
 from lmscale.plan.memory import activations_held, bytes_per_device, zero_bytes
 from lmscale.plan.parameters import parameter_count
@@ -117,28 +118,48 @@ def test_stages_are_equal_in_flops_not_in_layers():
   assert first == [range(8), range(7)]
 
 
-@pytest.mark.parametrize(
-  'schedule,in_flight', [('1f1b', [7, 5, 3, 1]), ('1f1b_strict', [4, 3, 2, 1]), ('gpipe', [64] * 4)]
-)
-def test_a_device_holds_what_its_schedule_has_in_flight(schedule, in_flight):
-  config = gpt({'pipe': 4, 'schedule': schedule})
-  block = activations_held(gpt({'pipe': 1}))[0] // 4
-  assert activations_held(config) == [n * block for n in in_flight]
+@pytest.mark.parametrize('schedule,residuals,inputs,gradients', [('1f1b', 7, 5, 1), ('1f1b_strict', 4, 3, 1), ('gpipe', 64, 64, 64)])
+def test_a_device_holds_what_its_schedule_has_in_flight(schedule, residuals, inputs, gradients):
+  """Buffers for what the layers save, outputs, inputs and gradients of stages; each has a row more."""
+  config, stream = gpt({'pipe': 4, 'schedule': schedule}), 2 * H * SEQ
+  block = activations_held(gpt({'pipe': 1})) // 4
+  assert step_table(config).slots == {'activation': inputs, 'cotangent': gradients, 'residual': residuals}
+  assert activations_held(config) == (residuals + 1) * (block + stream) + (inputs + gradients + 2) * stream
 
 
 def test_full_recomputation_keeps_the_inputs_of_stages():
-  """Four layers a device: their inputs are there once, while one microbatch goes backward, not for each in flight."""
-  stream = 2 * H * SEQ
-  assert activations_held(gpt({'pipe': 2}, 'full')) == [(3 + 4) * stream, (1 + 4) * stream]
-  assert activations_held(gpt({'pipe': 2, 'schedule': 'gpipe'}, 'full')) == [(64 + 4) * stream] * 2
-  assert activations_held(gpt({'pipe': 2, 'schedule': 'interleaved', 'virtual': 2}, 'full')) == [(5 + 2) * stream, (3 + 2) * stream]
-  assert activations_held(gpt({'pipe': 1}, 'full')) == [8 * stream]
+  """What two blocks save is there once, while one microbatch goes backward; and for each that is stored."""
+  stream, saved = 2 * H * SEQ, activations_held(gpt({'pipe': 1}, 'selective')) // 4
+  fixed = activations_held(gpt({'pipe': 2}, 'full')) - 2 * (2 * saved + stream)
+  assert fixed == (step_table(gpt({'pipe': 2})).slots['activation'] + 1 + 2) * stream
+  stored = gpt({'pipe': 2}, 'full')
+  stored = dataclasses.replace(stored, train=dataclasses.replace(stored.train, stored_microbatches=2))
+  assert activations_held(stored) == fixed + 4 * (2 * saved + stream)
+  assert activations_held(gpt({'pipe': 1}, 'full')) == 8 * stream
 
 
 def test_virtual_stages_are_held_where_they_lie():
   config = gpt({'pipe': 2, 'schedule': 'interleaved', 'virtual': 2})
   assert stage_layers(config) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
   assert bytes_per_device(config)['optimizer'] == bytes_per_device(gpt({'pipe': 2}))['optimizer']
+
+
+@pytest.mark.parametrize('vocab_on_pipe', [False, True])
+def test_the_compiler_agrees_on_a_pipeline(vocab_on_pipe):
+  """The state exactly, rows without a layer and all; and what two more stored microbatches add."""
+  mesh = {'pipe': 2, 'tensor': 2, 'zero': 3, 'vocab_on_pipe': vocab_on_pipe}
+  temps, plans = [], []
+  for stored in (0, 2):
+    train = {'batch': 16, 'microbatch': 2, 'stored_microbatches': stored}
+    config = resolve_mesh(build(mesh, train, {'pattern': 'M-*-*'}), 8)
+    analysis = Program(config).lower_step().compile().memory_analysis()
+    temps.append(analysis.temp_size_in_bytes)
+    plans.append(bytes_per_device(config))
+  assert analysis.alias_size_in_bytes == pytest.approx(plans[0]['optimizer'] * 3 / 2, rel=1e-3)
+  added = plans[1]['total'] - plans[0]['total']
+  assert added > 0
+  assert (temps[1] - temps[0]) / added == pytest.approx(1, rel=0.3)
+  assert 0.5 < temps[1] / (plans[1]['total'] - plans[1]['optimizer'] * 3 // 2) < 2
 
 
 @pytest.mark.parametrize('remat,most', [('none', 1.5), pytest.param('full', 2.4, marks=pytest.mark.slow)])

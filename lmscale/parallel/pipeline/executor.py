@@ -25,7 +25,7 @@ from lmscale.batch import ROWS
 from lmscale.models import model
 from lmscale.models.layers import RESIDUAL
 from lmscale.parallel.layout import map_layout
-from lmscale.parallel.pipeline.layout import forward_table, step_table
+from lmscale.parallel.pipeline.layout import forward_table, kept_slots, step_table
 from lmscale.parallel.pipeline.stage import Ring, StageLayers, put, take
 from lmscale.parallel.pipeline.table import COLUMNS, NOTHING
 from lmscale.parallel.setup import Setup, make_context
@@ -82,15 +82,13 @@ class _Device:
 
   def __init__(self, setup: Setup, head_loss: model.HeadLoss, params: Any, batch: Batch, trains: bool):
     self.setup, self.head_loss, self.batch, self.trains = setup, head_loss, batch, trains
-    self.config, mesh, train = setup.config.model, setup.config.mesh, setup.config.train
+    self.config, mesh = setup.config.model, setup.config.mesh
     self.outer = {part: leaves for part, leaves in params.items() if part != 'layers'}
     self.context = make_context(setup)
     self.pipe, self.virtual, self.vocab_on_pipe = mesh.pipe, mesh.virtual, mesh.vocab_on_pipe
     self.device = jax.lax.axis_index('pipe')
-    self.slots = (step_table if trains else forward_table)(setup.config).slots
-    wanted = train.stored_microbatches if train.remat == 'full' else self.slots['residual']
-    self.stored = min(wanted, self.slots['residual'])
-    self.recomputes = self.stored < self.slots['residual']
+    table = (step_table if trains else forward_table)(setup.config)
+    self.slots, (self.stored, self.recomputes) = table.slots, kept_slots(setup.config, table)
     self.zero = jnp.minimum(batch['microbatches'], 0)  # which the compiler cannot know
     self.x = jnp.zeros((*batch['tokens'].shape[1:], self.config.d_model), setup.dtype)
     stacks = [run[0] for run in params['layers']]

@@ -61,16 +61,24 @@ def stage_stacking(config: Config) -> Stacking:
   return tuple((stack(kind),) for kind in kinds)
 
 
+def kept_slots(config: Config, table: Table) -> tuple[int, int]:
+  """(of the microbatches in flight on a device, how many have what their layers save stored; 1 where others are done again)."""
+  wanted, most = config.train.stored_microbatches, table.slots['residual']
+  stored = min(wanted, most) if config.train.remat == 'full' else most
+  return stored, int(stored < most)
+
+
 class Places(NamedTuple):
   """Where the layers of each device's stages are, in the order in which they are executed; NOTHING behind a short stage's last.
 
   int32 [pipe, virtual + 1, layers], the last stage empty: index NOTHING. kind: the index of the stack. row: in the device's
-  part of it. rank: among the stage's layers of that kind. most: for each kind, how many the fullest stage has.
+  part of it. rank: among the stage's layers of that kind. kinds: of the stacks. most: of each, how many the fullest stage has.
   """
 
   kind: np.ndarray
   row: np.ndarray
   rank: np.ndarray
+  kinds: tuple[str, ...]
   most: tuple[int, ...]
 
 
@@ -86,7 +94,7 @@ def stage_places(config: Config) -> Places:
       rank = sum(i in stage for i in before)
       tables[:, device, chunk, position] = kinds.index(layers[layer]), len(before), rank
   parts = [layers[stage.start : stage.stop] for stage in stages]
-  return Places(*tables, tuple(max(part.count(kind) for part in parts) for kind in kinds))
+  return Places(*tables, tuple(kinds), tuple(max(part.count(kind) for part in parts) for kind in kinds))
 
 
 def _kinds_and_devices(config: Config) -> tuple[list[str], list[list[int]]]:

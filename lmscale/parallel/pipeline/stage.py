@@ -41,8 +41,8 @@ class StageLayers:
 
   def __init__(self, setup: Setup, stacks: list[Any], x: jax.Array, ctx: Context):
     self._setup, self.stacks, self._x = setup, stacks, x
-    self._kinds = [run[0].kind for run in setup.stacking]
     places = stage_places(setup.config)
+    self._kinds = places.kinds
     device = jax.lax.axis_index('pipe')
     self._places = [jnp.asarray(table)[device] for table in places[:3]]
     self._most = places.most
