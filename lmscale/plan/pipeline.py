@@ -36,9 +36,11 @@ def pipeline_report(config: Config) -> dict[str, Any]:
   }
 
 
-def _stage_flops(config: Config, stages: list[range]) -> tuple[list[int], list[int]]:
+def _stage_flops(config: Config, stages: list[range]) -> tuple[list[float], list[float]]:
   """Of the forward and of the backward pass of each stage, per token."""
   layers, head = step_flops(config)
   forward, backward = ([sum(layers[i][phase] for i in part) for part in stages] for phase in (0, 1))
+  if config.mesh.vocab_on_pipe:  # in each tick of the last stage all devices do their part
+    return [f + head[0] / len(stages) for f in forward], [b + head[1] / len(stages) for b in backward]
   forward[-1], backward[-1] = forward[-1] + head[0], backward[-1] + head[1]
   return forward, backward

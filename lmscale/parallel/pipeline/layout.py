@@ -20,7 +20,8 @@ def stage_layers(config: Config) -> list[range]:
   """Canonical layer indices of each of the pipe * virtual stages: see `cut_layers`, with the FLOPs of a step as costs."""
   mesh = config.mesh
   layers, head = step_flops(config)
-  return cut_layers(config.model.pattern, mesh.pipe * mesh.virtual, [sum(both) for both in layers], sum(head))
+  last = 0 if mesh.vocab_on_pipe else sum(head)
+  return cut_layers(config.model.pattern, mesh.pipe * mesh.virtual, [sum(both) for both in layers], last)
 
 
 def step_flops(config: Config) -> tuple[list[tuple[int, int]], tuple[int, int]]:
