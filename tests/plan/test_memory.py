@@ -118,7 +118,7 @@ def test_stages_are_equal_in_flops_not_in_layers():
   assert first == [range(8), range(7)]
 
 
-@pytest.mark.parametrize('schedule,residuals,inputs,gradients', [('1f1b', 7, 5, 1), ('1f1b_strict', 4, 3, 1), ('gpipe', 64, 64, 64)])
+@pytest.mark.parametrize('schedule,residuals,inputs,gradients', [('1f1b', 7, 5, 1), ('1f1b_strict', 4, 4, 1), ('gpipe', 64, 64, 1)])
 def test_a_device_holds_what_its_schedule_has_in_flight(schedule, residuals, inputs, gradients):
   """Buffers for what the layers save, outputs, inputs and gradients of stages; each has a row more."""
   config, stream = gpt({'pipe': 4, 'schedule': schedule}), 2 * H * SEQ
