@@ -38,7 +38,8 @@ import jax.numpy as jnp
 from lmscale.kernels import choice
 from lmscale.kernels.ssd import decay
 
-BLOCK_TOKENS = 256  # what is held at a time of [q, q] matrices and states; a cache's worth on a CPU
+BLOCK_TOKENS = 256  # what is held at a time of [q, q] matrices and states
+BLOCK_PAIRS = 4096  # on a CPU: of a head's [q, q] matrices, so that a block stays in the cache; measured
 BLOCK_CHUNKS = 8  # their walk is unrolled
 SPAN = 16  # tokens: a part of a chunk in `_over_each`
 
@@ -54,7 +55,7 @@ def ssd_xla(x, dt, A, B, C, D, state, document, chunk):
   g, n = B.shape[2:]
   q = min(chunk, l)
   chunks = -(-l // q)
-  blocks = -(-chunks // min(max(BLOCK_TOKENS // q, 1), BLOCK_CHUNKS))
+  blocks = -(-chunks // _most_chunks(q))
   blocks = max(blocks, min(chunks, 2))  # without a loop XLA fuses a block with what surrounds it: up to 1.8x slower
   k = -(-chunks // blocks)
   missing = blocks * k * q - l
@@ -68,6 +69,12 @@ def ssd_xla(x, dt, A, B, C, D, state, document, chunk):
   state = jnp.moveaxis(state.reshape(b, g, h // g, p, n), -1, 2)
   y, state = _walk(k, x, dt, a, B, C, D, state, _documents(document, q))
   return y.reshape(b, -1, h, p)[:, :l], jnp.moveaxis(state, 2, -1).reshape(b, h, p, n)
+
+
+def _most_chunks(q):
+  """The chunks of a block."""
+  tokens = BLOCK_PAIRS // q if jax.default_backend() == 'cpu' else BLOCK_TOKENS
+  return min(max(tokens // q, 1), BLOCK_CHUNKS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
