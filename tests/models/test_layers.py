@@ -164,11 +164,42 @@ def _a_log_gradients(implementation, chunk, dtype):
 
 
 def test_gradients_of_decays_of_heads_that_forget_at_once_are_no_noise():
-  """They are down to 1e-14, far below the numbers of which they must not be made as a difference: what that leaves, 1e-6
-  here, is above Adam's eps by far, and such heads would walk on it at full rate. Each head against itself in float64."""
+  """They are down to 1e-14, far below the numbers of which they must not be made as a difference: what that
+  leaves, 1e-6 here, is above Adam's eps by far, and such heads would walk on it at full rate. Each head against
+  itself in float64."""
   want = _a_log_gradients('scan', 8, jnp.float64)
   assert np.abs(want).min() < 1e-13 and np.abs(want).max() > 1e-4
   for implementation, chunk in (('scan', 8), ('xla', 32)):
     got = _a_log_gradients(implementation, chunk, jnp.float32)
     error = np.abs(got - want) / np.abs(want)
     assert error.max() < 3e-4, (implementation, chunk, error)
+
+
+@pytest.mark.parametrize('value', [-5.0, 1e38])
+def test_what_is_embedded_at_padding_reaches_no_gradient(value):
+  """Rows of the embeddings that only padding reads may hold any finite number: the loss and all gradients keep their
+  bits. So what a layer adds at padding is finite, and NaN there takes parameters that are NaN."""
+  sizes = {'positions': 'learned', 'max_positions': 32, 'norm': 'layernorm1p', 'bias': True}
+  config = tiny.change(tiny.MODEL, pattern='mM*-', **sizes)
+  ids = np.random.default_rng(1).integers(0, 39, (2, 16))
+  segments = np.array([[1] * 7 + [0] * 2 + [2] * 5 + [0] * 2, [0] * 3 + [1] * 13])
+  padding = segments == 0
+  tokens, positions = np.where(padding, 39, ids), np.where(padding, 31, np.arange(16))
+  params = _init(config)
+  loud = {name: m.at[-1].set(value) for name, m in params['embed'].items()}
+  want = _loss_and_gradients(config, params, tokens, positions, segments)
+  got = _loss_and_gradients(config, params | {'embed': loud}, tokens, positions, segments)
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_array_equal(a, b, jax.tree_util.keystr(path))
+    assert np.isfinite(b).all()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_and_gradients(config, params, tokens, positions, segments):
+  """Of the sum of the squares of the hidden states at real tokens."""
+
+  def loss(params):
+    hidden, _ = model.forward(config, params, tokens, Context(positions, segments))
+    return jnp.sum(jnp.where(segments[..., None] == 0, 0, hidden) ** 2)
+
+  return jax.value_and_grad(loss)(params)
