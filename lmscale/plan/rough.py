@@ -43,7 +43,7 @@ class Rough:
     parameters = self._parameters(mesh.tensor, mesh.data, mesh.zero, count, train.remat == 'full')
     seconds += _share(parameters['traffic'], mesh.pipe) / self._hardware.hbm
     if mesh.tensor > 1:
-      layers, ends = self._stream(mesh.tensor, mesh.sequence_parallel, train.remat)
+      layers, ends = self._stream(mesh.tensor, mesh.sequence_parallel, train.remat, mesh.pipe > 1)
       sent = (layers / mesh.pipe + ends) * rows * turns / mesh.virtual
       seconds += sent / axis_link(config, self._hardware, 'tensor')
     if mesh.data > 1:
@@ -78,9 +78,10 @@ class Rough:
     each = iter(costs)
     return max(sum(itertools.islice(each, size)) for size in balance(costs, stages))
 
-  def _of_stream(self, tensor: int, sequence_parallel: bool, remat: str) -> tuple[float, float]:
+  def _of_stream(self, tensor: int, sequence_parallel: bool, remat: str, pipeline: bool) -> tuple[float, float]:
     """Bytes received over `tensor` for one sequence: (by all layers, by embedding and head)."""
-    config = self._changed({'tensor': tensor, 'sequence_parallel': sequence_parallel}, {'remat': remat, 'microbatch': 1})
+    mesh = {'pipe': 2 if pipeline else 1, 'tensor': tensor, 'sequence_parallel': sequence_parallel}
+    config = self._changed(mesh, {'remat': remat, 'microbatch': 1})
     layers = sum(count * sum(m.bytes for m in layer_messages(config, kind)) for kind, count in self._counts.items())
     return layers, sum(m.bytes for m in [*embedding_messages(config), *head_messages(config)])
 

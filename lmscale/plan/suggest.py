@@ -110,7 +110,8 @@ def layouts(config: Config, devices: int) -> Iterator[Config]:
         continue
       cut = _changed(plain, {'sequence_parallel': True})
       for layout in [plain, cut] if tensor > 1 and _allowed(cut) else [plain]:
-        for zero, remat in itertools.product((1, 2, 3) if data > 1 else (1,), ('none', 'selective', 'full')):
+        stages = (1,) if data == 1 else (1, 2) if pipe > 1 else (1, 2, 3)  # a pipeline does under 3 what it does under 2
+        for zero, remat in itertools.product(stages, ('none', 'selective', 'full')):
           yield _changed(layout, {'zero': zero}, {'remat': remat})
 
 
