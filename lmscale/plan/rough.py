@@ -58,12 +58,16 @@ class Rough:
     mesh, train = config.mesh, config.train
     count, rows = microbatches(config), train.microbatch
     parameters = self._parameters(mesh.tensor, mesh.data, mesh.zero, count, train.remat == 'full')
-    layers = len(self._config.model.layers) / mesh.pipe
-    flight = min(count, ((mesh.virtual + 1) * mesh.pipe - 1) / mesh.virtual) if mesh.pipe > 1 else 1
-    if train.remat == 'full':
-      held = self._width(config) * (layers + (flight * mesh.virtual if mesh.pipe > 1 else 0))
+    if mesh.pipe > 1:  # in a ring of what a stage's layers save, for each microbatch in flight, or where it is made again for one
+      slots = min(count * mesh.virtual, (mesh.virtual + 1) * mesh.pipe - 1)
+      rows_held = 2 if train.remat == 'full' else slots + 1
+      saved = 'none' if train.remat == 'none' else 'selective'
+      ring = self._kept(mesh.tensor, mesh.sequence_parallel, saved) / (mesh.pipe * mesh.virtual)
+      held = rows_held * ring + (slots + rows_held) * self._width(config)
+    elif train.remat == 'full':
+      held = self._width(config) * len(self._config.model.layers)
     else:
-      held = flight * self._kept(mesh.tensor, mesh.sequence_parallel, train.remat) / mesh.pipe
+      held = self._kept(mesh.tensor, mesh.sequence_parallel, train.remat)
     return _share(parameters['state'], mesh.pipe) + rows * held
 
   def _width(self, config: Config) -> float:
