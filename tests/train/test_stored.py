@@ -1,5 +1,6 @@
 """Arrays are stored as they lie in memory; any stacking reads any checkpoint, and no state is ever there twice."""
 
+import functools
 import json
 
 import jax
@@ -7,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lmscale.config import MeshConfig
 from lmscale.errors import ConfigError
-from lmscale.models.stacking import Stack, make_stacking
+from lmscale.models.stacking import FILLER, Stack, make_stacking
 from lmscale.train import stored
 from lmscale.train.checkpoint import Checkpointer
+from lmscale.train.program import Program
 
 LAYERS = 'M-M-M-*-*'
 SHAPES = {'M': {'in': (16, 24), 'A_log': (8,)}, '-': {'up': (16, 32)}, '*': {'q': (16, 8)}}
@@ -42,9 +46,11 @@ def abstract(shape, mesh, dims, dtype=jnp.float32):
 
 
 def filled(tree, index):
-  """Random values that depend on the canonical name alone."""
+  """Random values that depend on the canonical name alone; zeros in a row that holds no layer."""
 
   def value(name, shape, dtype):
+    if not name:
+      return np.zeros(shape, dtype)
     draw = np.random.default_rng(list(name.encode())).normal(size=shape)
     return (100 * draw).astype(dtype)
 
@@ -107,6 +113,64 @@ def test_the_formats_of_one_array_per_layer_are_read(tmp_path, version):
     got, meta = checkpoints.restore(asked, index=index)
   assert meta == {'at': version}
   assert_same(got, {name: part for name, part in values.items() if name in old})
+
+
+# Stages of unlike layers, so that all but the first layout have rows that hold none.
+PIPES = {
+  'one': MeshConfig(1, 1, 1, 0),
+  'two': MeshConfig(2, 2, 2, 1),
+  'four': MeshConfig(4, 2, 1, 3),
+  'two of two': MeshConfig(2, 1, 2, 2, True, 'interleaved', 2),
+  'vocabulary': MeshConfig(2, 2, 1, 3, vocab_on_pipe=True),
+}
+
+
+@functools.cache
+def pipe_form(name):
+  """(abstract tree, index) of the state of a program."""
+  mesh = PIPES[name]
+  program = Program(tiny.config(mesh, tiny.change(tiny.MODEL, pattern='*-*---*-')), jax.devices()[: mesh.size])
+  assert any(FILLER in stack.layers for stack in program.index.values()) is (name != 'one')
+  return program.abstract_stored(), program.index
+
+
+NEXT = {'one': ('two', 'four'), 'two': ('one', 'four'), 'four': ('two', 'two of two'), 'two of two': ('one',), 'vocabulary': ('one',)}
+REST = {before: tuple(after for after in PIPES if after not in (before, *NEXT[before])) for before in PIPES}
+CASES = [*NEXT.items(), *(pytest.param(*case, marks=pytest.mark.scale) for case in REST.items())]
+
+
+@pytest.mark.parametrize('before,afters', CASES, ids=str)
+def test_any_pipeline_reads_any_checkpoint(tmp_path, before, afters):
+  """Optimizer state too: from one, two and four stages, and from two devices of two stages, to each other of them."""
+  tree, index = pipe_form(before)
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, filled(tree, index), {}, wait=True, index=index)
+    for after in afters:
+      asked, index = pipe_form(after)
+      got, _ = checkpoints.restore(asked, index=index)
+      assert_same(got, filled(asked, index))
+
+
+def test_a_pipeline_saves_and_restores_without_copies(tmp_path, monkeypatch):
+  """As `test_a_save_makes_no_copy_...`, summed over the devices."""
+  for name, (before, after) in {'in': ('one', 'vocabulary'), 'out': ('vocabulary', 'one')}.items():
+    (asked, index), (other, other_index) = pipe_form(before), pipe_form(after)
+    start, alive = live_bytes(), []
+    tree = filled(asked, index)
+    state = live_bytes() - start
+    with Checkpointer(tmp_path / name) as checkpoints, monkeypatch.context() as patch:
+      watched(patch, checkpoints._manager, 'save', alive)
+      checkpoints.save(1, tree, {}, wait=True, index=index)
+      assert max(alive) - start <= 1.02 * state
+      alive.clear()
+      del tree
+      watched(patch, checkpoints, '_read', alive)
+      watched(patch, jax, 'block_until_ready', alive)
+      got, _ = checkpoints.restore(other, index=other_index)
+    largest = 6 * 16 * 32 * 4  # one array of the six rows of MLP layers
+    assert len(alive) > 8
+    assert max(alive) - start <= live_bytes() - start + 2 * largest
+    del got
 
 
 def test_parameters_alone(tmp_path, monkeypatch):
