@@ -21,6 +21,7 @@ FIELDS = {
 }  # fmt: skip
 
 MESH = MeshConfig(1, 4, 2, 1)
+PIPE = MeshConfig(2, 2, 2, 1)
 
 
 class Rows(tiny.Rows):
@@ -55,17 +56,19 @@ def stored(folder, step=4):
   return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+@pytest.fixture(scope='module', params=[MESH, PIPE], ids=['data', 'pipe'])
+def whole(request, tmp_path_factory):
+  """(mesh, folder) of a run that was not stopped."""
   folder = tmp_path_factory.mktemp('whole')
-  assert run(folder) == loop.DONE
-  return folder
+  assert run(folder, request.param) == loop.DONE
+  return request.param, folder
 
 
 def test_stopped_and_resumed_is_the_same_run(tmp_path, whole):
-  assert run(tmp_path, program=Stopped) == loop.AGAIN
+  mesh, whole = whole
+  assert run(tmp_path, mesh, Stopped) == loop.AGAIN
   assert [line['step'] for line in lines(tmp_path)] == [1, 2, 3]
-  assert run(tmp_path) == loop.DONE
+  assert run(tmp_path, mesh) == loop.DONE
   for got, want in zip(stored(tmp_path), stored(whole), strict=True):
     assert got.tobytes() == want.tobytes()
   assert lines(tmp_path) == lines(whole)
@@ -73,8 +76,10 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path, whole):
 
 
 def test_resumed_on_another_mesh(tmp_path, whole):
-  assert run(tmp_path, program=Stopped) == loop.AGAIN
-  assert run(tmp_path, MeshConfig(1, 8, 1, 3)) == loop.DONE
+  mesh, whole = whole
+  assert run(tmp_path, mesh, Stopped) == loop.AGAIN
+  assert run(tmp_path, {MESH: MeshConfig(1, 8, 1, 3), PIPE: MESH}[mesh]) == loop.DONE
   for got, want in zip(lines(tmp_path), lines(whole), strict=True):
     assert got['step'] == want['step'] and got['tokens'] == want['tokens']
     assert got['loss'] == pytest.approx(want['loss'], rel=1e-4)
+    assert got.get('val_loss', 0) == pytest.approx(want.get('val_loss', 0), rel=1e-4)

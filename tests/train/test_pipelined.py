@@ -16,17 +16,20 @@ from lmscale.train.stored import canonical, named
 
 # On none of these meshes have all stages equally many layers of each kind.
 MODEL = tiny.change(tiny.MODEL, pattern='*-*---*-')
+# (mesh, sequences of a microbatch). Of one batch they make 1, 8, 4, 8, 2, 16 and 4 microbatches of each data rank.
 ONE = tiny.ONE, 16
 TWO = MeshConfig(2, 2, 2, 1), 1
-VOCABULARY = MeshConfig(4, 2, 1, 3, vocab_on_pipe=True), 1
-INTERLEAVED = MeshConfig(2, 2, 2, 2, schedule='interleaved', virtual=2), 2
-# (mesh, sequences of a microbatch): 8, 8 and 4 microbatches of one batch; by scale also 2, 16 and 4.
-SPLITS = [TWO, VOCABULARY, INTERLEAVED]
+INTERLEAVED = MeshConfig(2, 2, 2, 2, schedule='interleaved', virtual=2, vocab_on_pipe=True), 2
 OTHERS = [
+  (MeshConfig(4, 2, 1, 3, vocab_on_pipe=True), 1),
   (MeshConfig(2, 2, 1, 0, schedule='gpipe'), 4),
   (MeshConfig(4, 1, 2, 0, True, '1f1b_strict'), 1),
   (MeshConfig(2, 1, 4, 0, True, 'interleaved', 3), 4),
 ]
+
+
+def scale(*splits):
+  return [pytest.param(split, marks=pytest.mark.scale) for split in splits]
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,7 @@ def fillers(on, state):
           for row, layer in enumerate(stack.layers) if layer == FILLER]  # fmt: skip
 
 
-@pytest.mark.parametrize('split', [*SPLITS, *(pytest.param(other, marks=pytest.mark.scale) for other in OTHERS)], ids=str)
+@pytest.mark.parametrize('split', [TWO, INTERLEAVED, *scale(*OTHERS)], ids=str)
 def test_any_split_of_one_batch_trains_as_one_device(split):
   on, (want, numbers) = program(split), expected()
   state, found = train(on)
@@ -79,10 +82,11 @@ def test_any_split_of_one_batch_trains_as_one_device(split):
   assert len(fillers(on, state)) > 8 and not any(np.any(row) for row in fillers(on, state))
 
 
-@pytest.mark.parametrize('split,increment', [(TWO, 4), (INTERLEAVED, 8)], ids=str)
-def test_a_ramp_uses_one_program(split, increment):
+@pytest.mark.parametrize('split', [INTERLEAVED, *scale(TWO)], ids=str)
+def test_a_ramp_uses_one_program(split):
   """4, 6 and 8 microbatches; interleaved 2, 4 and 4, as it needs multiples of the pipeline's length."""
-  ramp = {'ramp_start': 8, 'ramp_increment': increment, 'ramp_tokens': 256 if increment == 4 else 128}
+  increment, tokens = {TWO: (4, 256), INTERLEAVED: (8, 128)}[split]
+  ramp = {'ramp_start': 8, 'ramp_increment': increment, 'ramp_tokens': tokens}
   on = program(split, **ramp)
   assert [Schedule(on.config).inputs(i).batch for i in range(3)] == [8, min(16, 8 + increment), 16]
   _, found = train(on)
@@ -90,7 +94,7 @@ def test_a_ramp_uses_one_program(split, increment):
   np.testing.assert_allclose(found, expected(**ramp)[1], rtol=1e-10)
 
 
-@pytest.mark.parametrize('split', SPLITS, ids=str)
+@pytest.mark.parametrize('split', [INTERLEAVED, *scale(TWO, *OTHERS)], ids=str)
 def test_an_evaluation_of_any_number_of_samples(split):
   on, one = program(split), program(ONE)
   state, alone = on.init(), one.init()
@@ -101,7 +105,7 @@ def test_an_evaluation_of_any_number_of_samples(split):
     assert loss == pytest.approx(want, rel=1e-12)
 
 
-@pytest.mark.parametrize('split', SPLITS, ids=str)
+@pytest.mark.parametrize('split', [INTERLEAVED, *scale(TWO, *OTHERS)], ids=str)
 def test_a_greedy_sample(split):
   on, one = program(split), program(ONE)
   want = one.generate(one.init(), [5, 9, 2], 12, temperature=0.0, seed=0)
@@ -119,7 +123,7 @@ class Rare(tiny.Rows):
     tokens[5, 3] = 39
 
 
-@pytest.mark.parametrize('split', [ONE, *SPLITS], ids=str)
+@pytest.mark.parametrize('split', [TWO, INTERLEAVED, *scale(ONE, *OTHERS)], ids=str)
 def test_a_microbatch_that_is_not_finite_changes_only_the_counters(split):
   """And the run goes on: the next steps are those of one device that has skipped nothing."""
   on = program(split)

@@ -49,6 +49,7 @@ FLAGS = {
   'optimizer.decay_tokens': 4096, 'data.validation': 0.4,
 }  # fmt: skip
 QUIET = {'loop.sample_every': 0, 'loop.eval_every': 0}
+PIPE = {'mesh.pipe': 2, 'mesh.data': 2, 'mesh.tensor': 2, 'mesh.zero': 1}  # each process has one stage
 OTHER_MESH = {'mesh.data': 1, 'mesh.tensor': 8, 'mesh.zero': 1}  # tensor, too, goes over both processes
 
 
@@ -203,6 +204,26 @@ def test_stopped_and_killed_and_started_again_is_the_same_run(tmp_path, whole, o
   assert stored(folder, STEPS) == stored(whole.folder, STEPS)
   bare = [{k: v for k, v in line.items() if not k.startswith('val_')} for line in lines(whole.folder)]
   assert lines(folder) == bare
+
+
+def test_a_pipeline_of_one_stage_a_process(tmp_path, one, data):
+  """Losses, evaluation and samples of one process, through a stop and a start."""
+  folder = tmp_path / 'run'
+  two = Two(folder, data, PIPE, sleep=0.3)
+  two.until(2)
+  two.processes[1].send_signal(signal.SIGTERM)
+  assert two.wait() == [75, 75], two.said(0) + two.said(1)
+  assert 'stopped and saved at step' in two.said(0)
+  at = lines(folder)[-1]['step']
+  assert 2 <= at < STEPS and (folder / 'checkpoints' / str(at)).is_dir()
+  asked = [json.loads(line) for line in two.rows[1].read_text().splitlines()]
+  assert ['train', 0, list(range(8))] in asked  # each of the two stages has every data rank
+  two = Two(folder, data, PIPE)
+  assert two.wait() == [0, 0], two.said(0) + two.said(1)
+  assert f'is at step {at} of {STEPS}' in two.said(0)
+  assert_same_losses(lines(folder), lines(one)[:STEPS])
+  assert 'val_loss' in lines(folder)[3]
+  assert (one / 'samples.txt').read_text().startswith((folder / 'samples.txt').read_text())
 
 
 @pytest.mark.slow
