@@ -154,7 +154,7 @@ def facts(tree: Any, index: Index | None = None) -> dict[str, tuple[int, bool]]:
   for parent, leaves in siblings.items():
     # One program at a time: programs with collectives that do not depend on each other deadlock on emulated devices.
     named_leaves = {path.rpartition('/')[2]: leaf for path, leaf in leaves.items()}
-    values = jax.device_get(_facts(named_leaves, parent in index))
+    values = jax.device_get(_facts(named_leaves, parent in index, _whole(next(iter(leaves.values())))))
     for path in leaves:
       bits, finite = values[path.rpartition('/')[2]]
       rows = zip(canonical_names(path, index), bits.reshape(-1), finite.reshape(-1), strict=True)
@@ -162,9 +162,17 @@ def facts(tree: Any, index: Index | None = None) -> dict[str, tuple[int, bool]]:
   return found
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _facts(leaves: dict[str, jax.Array], stacked: bool) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """(sum of the bits, all finite) of each array, or of each of its rows."""
+def _whole(leaf: Any) -> NamedSharding | None:
+  """On every device of the leaf's mesh: each of several processes can read that, though rows may be cut over `pipe`."""
+  sharding = getattr(leaf, 'sharding', None)
+  return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _facts(
+  leaves: dict[str, jax.Array], stacked: bool, at: NamedSharding | None = None
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """(sum of the bits, all finite) of each array, or of each of its rows, placed `at`."""
 
   def one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     dims = tuple(range(stacked, x.ndim))
@@ -175,4 +183,5 @@ def _facts(leaves: dict[str, jax.Array], stacked: bool) -> dict[str, tuple[jax.A
     bits = jax.lax.bitcast_convert_type(x, words)  # an 8-byte number becomes two words, in a last dim
     return jnp.sum(bits, tuple(range(stacked, bits.ndim)), dtype=jnp.uint32), finite
 
-  return {name: one(x) for name, x in leaves.items()}
+  found = {name: one(x) for name, x in leaves.items()}
+  return found if at is None else jax.lax.with_sharding_constraint(found, at)

@@ -206,6 +206,7 @@ def test_stopped_and_killed_and_started_again_is_the_same_run(tmp_path, whole, o
   assert lines(folder) == bare
 
 
+@pytest.mark.scale
 def test_a_pipeline_of_one_stage_a_process(tmp_path, one, data):
   """Losses, evaluation and samples of one process, through a stop and a start."""
   folder = tmp_path / 'run'

@@ -254,6 +254,14 @@ def test_a_flipped_bit_names_its_layer(tmp_path):
   assert {name for name in a if a[name] != b[name]} == {f'params/layers/{layer}/in'}
 
 
+def test_facts_are_on_every_device(monkeypatch):
+  """One process of several must see those of stages that others hold."""
+  found, real = [], jax.device_get
+  monkeypatch.setattr(jax, 'device_get', lambda values: found.extend(jax.tree.leaves(values)) or real(values))
+  stored.facts(filled(*pipe_form('two')), pipe_form('two')[1])
+  assert len(found) > 20 and all(value.sharding.is_fully_replicated for value in found)
+
+
 def test_index_round_trip():
   index = form(mesh_of(1, 1), 'runs')[1]
   assert stored.from_json(json.loads(json.dumps(stored.to_json(index)))) == index
