@@ -1,10 +1,14 @@
-"""The matrix product of a layer, with a gradient of the matrix that contracts tokens along one axis.
+"""The matrix products of a layer, with a gradient of the matrix that contracts tokens along one axis.
 
 Differentiating x @ W contracts batch and time, two axes, which XLA for CPUs does by transposing what the layer after it
 hands back, computed a second time for that, which takes longer than the product.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 
 
 @jax.custom_vjp
@@ -25,3 +29,29 @@ def _backward(saved, dy):
 
 
 linear.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def projections(whole: Callable[[jax.Array], jax.Array], x: jax.Array, kernels: tuple[jax.Array, ...]) -> list[jax.Array]:
+  """whole(x) @ kernel for each kernel: [b, t, in], [in, out] -> [b, t, out], all of one dtype. Differentiable once, in reverse.
+
+  whole: places an array like x whole on every device of `tensor` (the identity without a mesh). Kept for the backward pass
+  is x as it lies, not what `whole` brings together: where x is cut along t that is done once more, as Megatron-LM does
+  (arXiv 2205.05198, section 4.2.2).
+  """
+  x = whole(x)
+  return [x @ kernel for kernel in kernels]
+
+
+def _projections_forward(whole, x, kernels):
+  return projections(whole, x, kernels), (x, kernels)
+
+
+def _projections_backward(whole, saved, dys):
+  x, kernels = saved
+  x = whole(x)
+  dxs, dkernels = zip(*(_backward((x, kernel), dy) for kernel, dy in zip(kernels, dys, strict=True)), strict=True)
+  return whole(functools.reduce(jnp.add, reversed(dxs))), dkernels
+
+
+projections.defvjp(_projections_forward, _projections_backward)

@@ -21,8 +21,11 @@ def keep_inputs(function: Callable) -> Callable:
   """`function`, of which only the inputs are kept for the backward pass: for what is cheap to compute once more.
 
   In a loop over layers, that is; of layers outside one the compiler may see that it could keep the results.
+  (A jax.checkpoint would do, but not inside another one, whose policy then counts instead.)
   """
-  return jax.checkpoint(function, prevent_cse=False)
+  kept = jax.custom_vjp(function)
+  kept.defvjp(lambda *inputs: (function(*inputs), inputs), lambda inputs, dy: jax.vjp(function, *inputs)[1](dy))
+  return kept
 
 
 def norm(module: nn.Module, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:

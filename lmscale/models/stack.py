@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lmscale.config import ModelConfig
 from lmscale.models.context import Context
 from lmscale.models.layers import LAYERS
+from lmscale.models.layers.base import PROJECTION
 from lmscale.models.params import ParamSpec, declared_specs
 from lmscale.models.stacking import Run, Stacking
 
@@ -73,8 +74,11 @@ def _unit_body(
   return x_BTD, tuple(new_caches)
 
 
-# Of all matmuls, those with parameters are the ones without batch dims.
-SELECTIVE = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+CUDNN = 'dot_product_attention_fwd_wrapper'  # JAX's primitive: its result, and the sums its own backward pass needs
+SELECTIVE = jax.checkpoint_policies.save_from_both_policies(
+  jax.checkpoint_policies.save_only_these_names(PROJECTION, 'attention'),
+  lambda primitive, *_, **__: primitive.name == CUDNN,
+)
 
 
 def _rematerialised(layer: Any, ctx: Context, remat: str, rows: int) -> Any:

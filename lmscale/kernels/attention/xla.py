@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 CHUNK = 512  # queries
 
@@ -30,7 +31,7 @@ def attention_xla(q, k, v, q_positions, k_positions, q_segments, k_segments, q_f
   segments, first = (None if m is None else split(m) for m in (q_segments, q_first))
   queries = split(q_positions, -1 << 30), segments, first
   out = _attention(split(q.reshape(b, t, g, h // g, d)), k, v, queries, (k_positions, k_segments))
-  return jnp.moveaxis(out, 0, 1).reshape(b, -1, h, d)[:, :t]
+  return checkpoint_name(jnp.moveaxis(out, 0, 1).reshape(b, -1, h, d)[:, :t], 'attention')
 
 
 @jax.custom_vjp

@@ -22,10 +22,10 @@ class Attention(Layer):
   def mix(self, h_BTD: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
     config, c = self.config, self.config.attention
     b, t, _ = h_BTD.shape
-    init = normal(config.init_std)
-    q = self.linear('q', h_BTD, c.heads * c.head_dim, ('embed', 'heads'), init)
-    k = self.linear('k', h_BTD, c.kv_heads * c.head_dim, ('embed', 'kv_heads'), init)
-    v = self.linear('v', h_BTD, c.kv_heads * c.head_dim, ('embed', 'kv_heads'), init)
+    keys = c.kv_heads * c.head_dim, 'kv_heads'
+    q, k, v = self.project(
+      h_BTD, ctx, {'q': (c.heads * c.head_dim, 'heads'), 'k': keys, 'v': keys}, normal(config.init_std), config.bias
+    )
     q_BTHP = ctx.constrain(q.reshape(b, t, c.heads, c.head_dim), PER_HEAD)
     k_BTGP = k.reshape(b, t, c.kv_heads, c.head_dim)
     v_BTGP = v.reshape(b, t, c.kv_heads, c.head_dim)

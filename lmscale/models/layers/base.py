@@ -6,15 +6,17 @@ Projections are separate matrices, so that heads and groups are cut over the mes
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from lmscale.config import ModelConfig
-from lmscale.kernels.linear import linear
+from lmscale.kernels.linear import linear, projections
 from lmscale.models.context import Axes, Context
 from lmscale.models.norms import accumulator, norm
 from lmscale.models.params import constant, weight
@@ -25,6 +27,7 @@ HEADS = ('batch', 'length', 'heads')  # a number per token and head, or the chan
 PER_HEAD = ('batch', 'length', 'heads', None)  # a vector per token and head
 TOKENS = ('batch', 'length')
 MIXER_INPUT = ('batch', 'length', 'embed')  # inside a mixer every device sees the whole sequence
+PROJECTION = 'projection'  # the name of what recomputation keeps of a mixer, see `stack`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Layer(nn.Module):
   config: ModelConfig
 
   def mix(self, h_BTD: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-    """The mixer: normalised input [b, t, D] -> output [b, t, D] and the new cache."""
+    """The mixer: normalised input [b, t, D], cut like the residual stream, -> output [b, t, D] and the new cache."""
     raise TypeError(f'{type(self).__name__} defines no mixer')
 
   @staticmethod
@@ -64,7 +67,7 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-    h_BTD = ctx.constrain(norm(self, self.config, x_BTD), MIXER_INPUT)
+    h_BTD = ctx.constrain(norm(self, self.config, x_BTD), RESIDUAL)
     out_BTD, cache = self.mix(h_BTD, ctx, cache)
     return x_BTD + ctx.constrain(out_BTD, RESIDUAL), cache
 
@@ -72,15 +75,26 @@ class Layer(nn.Module):
     """Initial std of the maps that write to the residual stream: init_std / sqrt(number of layers)."""
     return self.config.init_std / math.sqrt(len(self.config.layers))
 
+  def project(
+    self, h_BTD: jax.Array, ctx: Context, outputs: dict[str, tuple[int, str]], init: Any, bias: bool = False
+  ) -> list[jax.Array]:
+    """The mixer's input by one matrix <name>_kernel per output {name: (size, logical axis)}: [b, t, D] -> [b, t, size] each."""
+    kernels = tuple(weight(self, f'{name}_kernel', (h_BTD.shape[-1], size), ('embed', axis), init)
+                    for name, (size, axis) in outputs.items())  # fmt: skip
+    ys = projections(functools.partial(ctx.constrain, axes=MIXER_INPUT), h_BTD, kernels)
+    if bias:
+      ys = [self._add_bias(name, y, axis) for (name, (_, axis)), y in zip(outputs.items(), ys, strict=True)]
+    return [checkpoint_name(y, PROJECTION) for y in ys]
+
   def linear(self, name: str, x: jax.Array, size: int, axes: tuple[str, str], init: Any) -> jax.Array:
     """x @ <name>_kernel (+ <name>_bias where the model has biases). x: [..., in] -> [..., size]."""
-    kernel = weight(self, f'{name}_kernel', (x.shape[-1], size), axes, init)
-    y = linear(x, kernel)
-    if self.config.bias:
-      acc = accumulator(y.dtype)  # in which the gradient of the bias is then summed over tokens
-      bias = weight(self, f'{name}_bias', (size,), (axes[1],), constant(0.0))
-      y = (y.astype(acc) + bias.astype(acc)).astype(y.dtype)
-    return y
+    y = linear(x, weight(self, f'{name}_kernel', (x.shape[-1], size), axes, init))
+    return self._add_bias(name, y, axes[1]) if self.config.bias else y
+
+  def _add_bias(self, name: str, y: jax.Array, axis: str) -> jax.Array:
+    acc = accumulator(y.dtype)  # in which the gradient of the bias is then summed over tokens
+    bias = weight(self, f'{name}_bias', (y.shape[-1],), (axis,), constant(0.0))
+    return (y.astype(acc) + bias.astype(acc)).astype(y.dtype)
 
 
 def cut_groups(x_BTGN: jax.Array, ctx: Context) -> jax.Array:

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lmscale.config import ModelConfig
 from lmscale.kernels.causal_conv import causal_conv
 from lmscale.kernels.linear import linear
 from lmscale.kernels.selective_scan import selective_scan
 from lmscale.models.context import Context
-from lmscale.models.layers.base import HEADS, TOKENS, Cache, CacheSpec, Layer, entering, named
+from lmscale.models.layers.base import HEADS, PROJECTION, TOKENS, Cache, CacheSpec, Layer, entering, named
 from lmscale.models.norms import accumulator
 from lmscale.models.params import constant, fan_in_uniform, inverse_softplus_dt, s4d_real_a, uniform, weight
 
@@ -29,8 +30,7 @@ class Mamba(Layer):
     config, c = self.config, self.config.mamba
     d = h_BTD.shape[-1]
     acc = accumulator(h_BTD.dtype)
-    x_BTE = linear(h_BTD, weight(self, 'x_kernel', (d, c.d_inner), ('embed', 'heads'), fan_in_uniform(d)))
-    z_BTE = linear(h_BTD, weight(self, 'z_kernel', (d, c.d_inner), ('embed', 'heads'), fan_in_uniform(d)))
+    x_BTE, z_BTE = self.project(h_BTD, ctx, dict.fromkeys('xz', (c.d_inner, 'heads')), fan_in_uniform(d))
     x_BTE, window = causal_conv(
       x_BTE,
       weight(self, 'conv_kernel', (c.conv, c.d_inner), (None, 'heads'), fan_in_uniform(c.conv)),
@@ -41,7 +41,7 @@ class Mamba(Layer):
     width = c.dt_rank + 2 * c.state
     bcdt_kernel = weight(self, 'bcdt_kernel', (c.d_inner, width), ('heads', None), fan_in_uniform(c.d_inner))
     # One reduction over the mesh for dt's low-rank input, B and C together.
-    bcdt = ctx.constrain(linear(x_BTE, bcdt_kernel), ('batch', 'length', None))
+    bcdt = checkpoint_name(ctx.constrain(linear(x_BTE, bcdt_kernel), ('batch', 'length', None)), PROJECTION)
     dt_BTR, b_BTN, c_BTN = jnp.split(bcdt, [c.dt_rank, c.dt_rank + c.state], axis=-1)
     dt_kernel = weight(self, 'dt_kernel', (c.dt_rank, c.d_inner), (None, 'heads'), uniform(c.dt_rank**-0.5))
     dt_bias = weight(self, 'dt_bias', (c.d_inner,), ('heads',), inverse_softplus_dt(), full_precision=True)

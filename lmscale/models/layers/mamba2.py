@@ -29,26 +29,18 @@ class Mamba2(Layer):
     b, t, d = h_BTD.shape
     inner, grouped = c.heads * c.head_dim, c.groups * c.state
     acc = accumulator(h_BTD.dtype)
-    init = normal(config.init_std)
-    kernels = {
-      name: weight(self, f'{name}_kernel', (d, size), ('embed', axis), init)
-      for name, size, axis in (
-        ('z', inner, 'heads'),
-        ('x', inner, 'heads'),
-        ('B', grouped, 'groups'),
-        ('C', grouped, 'groups'),
-        ('dt', c.heads, 'heads'),
-      )
-    }
+    projected = {'z': (inner, 'heads'), 'x': (inner, 'heads'), 'B': (grouped, 'groups'), 'C': (grouped, 'groups'),
+                 'dt': (c.heads, 'heads')}  # fmt: skip
+    h = dict(zip(projected, self.project(h_BTD, ctx, projected, normal(config.init_std)), strict=True))
     new_cache = {}
     conv = {}
     for name, size, axis in _convolved(c):
-      conv[name], new_cache[f'window_{name}'] = self._conv(name, linear(h_BTD, kernels[name]), size, axis, ctx, cache)
+      conv[name], new_cache[f'window_{name}'] = self._conv(name, h[name], size, axis, ctx, cache)
     dt_bias = weight(self, 'dt_bias', (c.heads,), ('heads',), inverse_softplus_dt(), full_precision=True)
     a_log = weight(self, 'A_log', (c.heads,), ('heads',), log_uniform_a(1.0, 16.0), full_precision=True)
     skip = weight(self, 'D', (c.heads,), ('heads',), constant(1.0), full_precision=True)
     x_BTHP = ctx.constrain(conv['x'].reshape(b, t, c.heads, c.head_dim), PER_HEAD)
-    dt_BTH = jax.nn.softplus(linear(h_BTD, kernels['dt']).astype(acc) + dt_bias.astype(acc))
+    dt_BTH = jax.nn.softplus(h['dt'].astype(acc) + dt_bias.astype(acc))
     operands = {
       'x': (x_BTHP, PER_HEAD),
       'dt': (ctx.constrain(clamp(dt_BTH, c.dt_min, c.dt_max), HEADS), HEADS),
@@ -63,7 +55,7 @@ class Mamba2(Layer):
     op = functools.partial(ssd, **options, deterministic=ctx.deterministic)
     y_BTHP, new_cache['state'] = ctx.local(op, operands, (PER_HEAD, STATE))
     scale = weight(self, 'gate_norm_scale', (inner,), ('heads',), constant(1.0), full_precision=True)
-    z_BTHP = linear(h_BTD, kernels['z']).reshape(b, t, c.heads, c.head_dim)
+    z_BTHP = h['z'].reshape(b, t, c.heads, c.head_dim)
     y_BTHP = gated_group_norm(y_BTHP, z_BTHP, scale.reshape(c.heads, c.head_dim), c.groups, config.norm_eps, ctx)
     y = ctx.constrain(y_BTHP, PER_HEAD).reshape(b, t, inner)
     out = linear(y, weight(self, 'out_kernel', (inner, d), ('heads', 'embed'), normal(self.output_std())))

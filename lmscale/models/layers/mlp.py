@@ -26,10 +26,8 @@ class MLP(Layer):
 
   def mix(self, h_BTD: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
     config, d_ff = self.config, self.config.mlp.d_ff
-    init = normal(config.init_std)
-    inputs = [self.linear('up', h_BTD, d_ff, ('embed', 'ff'), init)]
-    if config.mlp.activation in GATED:
-      inputs.append(self.linear('gate', h_BTD, d_ff, ('embed', 'ff'), init))
+    names = ('up', 'gate') if config.mlp.activation in GATED else ('up',)
+    inputs = self.project(h_BTD, ctx, dict.fromkeys(names, (d_ff, 'ff')), normal(config.init_std), config.bias)
     a_BTF = keep_inputs(lambda *inputs: activate(config.mlp.activation, *inputs))(*inputs)
     a_BTF = ctx.constrain(a_BTF, ('batch', 'length', 'ff'))
     return self.linear('down', a_BTF, config.d_model, ('ff', 'embed'), normal(self.output_std())), cache
