@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from lmscale.config import ModelConfig
 from lmscale.models.context import Context
@@ -40,9 +41,10 @@ def apply_stack(
   """All layers. x: [b, t, d_model]; runs: the parameters, runs[i][j] of the stack stacking[i][j], each leaf [rows, ...];
   caches: None, or stacked like the parameters.
 
-  remat: 'full' keeps the input of each layer and recomputes the rest in the backward pass; 'selective' keeps
-  what the projections give and recomputes the rest: norms, activations, convolutions, attention and the scans, which
-  take much memory and little time (arXiv 2205.05198, section 5); 'none' keeps what each operation's derivative needs.
+  remat: 'full' keeps the input of each block (see `blocks`) and recomputes the rest in the backward pass; 'selective' keeps the
+  input of each layer, what the projections into its mixer give and what attention gives, and recomputes the rest: norms,
+  activations, convolutions and scans, which take much memory and few FLOPs (arXiv 2205.05198, section 5, where attention is
+  among them: its scores, which no kernel here keeps); 'none' keeps what each operation's derivative needs.
   Returns (x, caches).
   """
   new_caches = []
@@ -59,17 +61,37 @@ def apply_stack(
   return x_BTD, None if caches is None else tuple(new_caches)
 
 
+def blocks(unit: str, remat: str) -> list[str]:
+  """The layers of a run's unit in the parts that are recomputed as one. Under `full` an MLP goes with the mixer beside it, as in
+  a Transformer's block: one input is kept for both."""
+  found: list[str] = []
+  for kind in unit:
+    if remat == 'full' and found and len(found[-1]) == 1 and (kind == '-') != (found[-1] == '-'):
+      found[-1] += kind
+    else:
+      found.append(kind)
+  return found
+
+
 def _unit_body(
   config: ModelConfig, run: Run, ctx: Context, remat: str, rows: int, x_BTD: jax.Array, inputs: tuple
 ) -> tuple[jax.Array, tuple]:
   params, caches = inputs
+  new_caches: tuple = ()
+  for kinds in blocks(''.join(stack.kind for stack in run), remat):
+    part = slice(len(new_caches), len(new_caches) + len(kinds))
+    block = functools.partial(_apply_block, config, kinds, ctx)
+    x_BTD, block_caches = _rematerialised(block, ctx, remat, rows)(params[part], x_BTD, caches[part])
+    new_caches += block_caches
+  return x_BTD, new_caches
+
+
+def _apply_block(
+  config: ModelConfig, kinds: str, ctx: Context, params: tuple, x_BTD: jax.Array, caches: tuple
+) -> tuple[jax.Array, tuple]:
   new_caches = []
-  for stack, layer_params, cache in zip(run, params, caches, strict=True):
-
-    def layer(p, x, c, kind=stack.kind):
-      return apply_layer(config, kind, p, x, ctx, c)
-
-    x_BTD, cache = _rematerialised(layer, ctx, remat, rows)(layer_params, x_BTD, cache)
+  for kind, layer_params, cache in zip(kinds, params, caches, strict=True):
+    x_BTD, cache = apply_layer(config, kind, layer_params, x_BTD, ctx, cache)
     new_caches.append(cache)
   return x_BTD, tuple(new_caches)
 
@@ -81,14 +103,24 @@ SELECTIVE = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def _rematerialised(layer: Any, ctx: Context, remat: str, rows: int) -> Any:
+def _rematerialised(block: Any, ctx: Context, remat: str, rows: int) -> Any:
   # Inside a scan the loop already keeps XLA from merging the recomputation with the forward pass; the barrier that
   # prevent_cse adds makes the GPU compiler copy each layer's weights inside the loop.
   if remat == 'full':
-    return jax.checkpoint(layer, prevent_cse=rows == 1)
+    return jax.checkpoint(block, prevent_cse=rows == 1)
   if remat == 'selective':
-    return jax.checkpoint(layer, prevent_cse=rows == 1, policy=SELECTIVE)
+    return jax.checkpoint(block, prevent_cse=rows == 1, policy=SELECTIVE)
   if ctx.gather is not None:
-    policy = jax.checkpoint_policies.save_anything_except_these_names('gathered')
-    return jax.checkpoint(layer, prevent_cse=rows == 1, policy=policy)
-  return layer
+    return jax.checkpoint(block, prevent_cse=rows == 1, policy=_all_but_gathered)
+  return block
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+  """Keeps everything but the parameters that ZeRO 3 has brought together: neither what is named so nor what it is the name of."""
+  return params.get('name') != 'gathered' and not _gathers(params)
+
+
+def _gathers(params: dict[str, Any]) -> bool:
+  """Whether an operation with these parameters calls a function that gathers over the mesh."""
+  inner = (equation for jaxpr in core.jaxprs_in_params(params) for equation in jaxpr.eqns)
+  return any(equation.primitive.name == 'all_gather' or _gathers(equation.params) for equation in inner)

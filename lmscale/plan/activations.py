@@ -1,11 +1,10 @@
 """Bytes of activations that one layer keeps for its backward pass, read off its own derivative.
 
 `jax.vjp` of a layer returns a function whose leaves are what it saved. Traced on shapes alone this needs no memory and
-follows every change of a layer. (The papers' counts, 34 s b h for a Transformer layer in arXiv 2205.05198, section 4, are
-of hand-written kernels; automatic differentiation keeps more: float32 insides of norms and activations.) The compiler may
-keep less by computing cheap things again. While a layer runs it holds more than it keeps: `layer_working`.
+follows every change of a layer. The compiler may keep less by computing cheap things again. While a layer runs it holds more than it keeps: `layer_working`.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -22,15 +21,29 @@ from lmscale.plan.working import working_bytes
 def layer_activations(config: Config, kind: str, remat: str) -> int:
   """Bytes that one layer of `kind` keeps per sequence on one device; remat `none` or `selective`.
 
-  What has width d_model lies in the residual stream: it is cut over `tensor` under sequence parallelism, except the input
-  of the mixer, and whole otherwise. The rest is inside the mixer and cut by `tensor`.
+  In the residual stream lie the layer's input and, under `none`, the normalised one: cut over `tensor` under sequence
+  parallelism, whole otherwise. The rest is inside the mixer, counted for the heads and channels of one device. What all layers
+  share, the masks of packed documents, is left out.
   """
-  model, train, mesh = config.model, config.train, config.mesh
-  stream, inside = _saved(model, kind, train.seq_len, train.compute_dtype, remat == 'selective')
-  if not mesh.sequence_parallel:
-    return stream + inside // mesh.tensor
-  mixer_input = model.d_model * train.seq_len * jnp.dtype(train.compute_dtype).itemsize
-  return mixer_input + (stream - mixer_input + inside) // mesh.tensor
+  train, mesh = config.train, config.mesh
+  selective = remat == 'selective'
+  saved = _saved(_local(config), kind, train.seq_len, train.compute_dtype, selective)
+  stream = (1 if selective else 2) * config.model.d_model * train.seq_len * jnp.dtype(train.compute_dtype).itemsize
+  return saved - stream + (stream // mesh.tensor if mesh.sequence_parallel else stream)
+
+
+def _local(config: Config) -> ModelConfig:
+  """The model with the heads, groups and channels that one device has."""
+  model, tensor = config.model, config.mesh.tensor
+  attention, mamba2 = model.attention, model.mamba2
+  replace = dataclasses.replace
+  return replace(
+    model,
+    attention=replace(attention, heads=attention.heads // tensor, kv_heads=math.lcm(attention.kv_heads, tensor) // tensor),
+    mlp=replace(model.mlp, d_ff=model.mlp.d_ff // tensor),
+    mamba2=replace(mamba2, heads=mamba2.heads // tensor, groups=math.lcm(mamba2.groups, tensor) // tensor),
+    mamba=replace(model.mamba, d_inner=model.mamba.d_inner // tensor),
+  )
 
 
 GPU_ONLY = ('pallas_triton', 'pallas_mosaic', 'cudnn')
@@ -52,7 +65,8 @@ def check_kernels(config: Config, backend: str | None = None) -> None:
     if name in GPU_ONLY and backend not in (None, 'gpu'):
       raise ConfigError(f'{field}: {name} runs on an NVIDIA GPU, and the devices here are of kind {backend!r}; set auto')
     try:
-      layer_activations(config, kind, 'none')
+      shapes = _shapes(config.model, kind, config.train.seq_len, config.train.compute_dtype)
+      jax.eval_shape(functools.partial(_derivative, config.model, kind, False), *shapes)
     except ValueError as error:
       raise ConfigError(f'{field}: {error}') from error
 
@@ -64,16 +78,13 @@ def layer_working(config: Config, kind: str) -> int:
 
 
 @functools.cache
-def _saved(model: ModelConfig, kind: str, seq_len: int, dtype: str, selective: bool) -> tuple[int, int]:
-  """Bytes saved per sequence: (of width d_model, other), parameters left out."""
+def _saved(model: ModelConfig, kind: str, seq_len: int, dtype: str, selective: bool) -> int:
+  """Bytes saved per sequence, parameters left out."""
   with jax.enable_x64(dtype == 'float64'):
-    shapes = _shapes(model, kind, seq_len, dtype)
-    saved = jax.tree.leaves(jax.eval_shape(functools.partial(_derivative, model, kind, selective), *shapes))
-  params, x = shapes[:2]
+    params, x, positions, _ = _shapes(model, kind, seq_len, dtype)
+    saved = jax.tree.leaves(jax.eval_shape(functools.partial(_derivative, model, kind, selective), params, x, positions))
   weights = {(spec.shape, jnp.dtype(spec.dtype)) for spec in params.values()}
-  saved = [leaf for leaf in saved if (leaf.shape, leaf.dtype) not in weights]
-  stream = sum(_bytes(leaf) for leaf in saved if leaf.shape == x.shape)
-  return stream, sum(map(_bytes, saved)) - stream
+  return sum(_bytes(leaf) for leaf in saved if (leaf.shape, leaf.dtype) not in weights)
 
 
 @functools.cache
@@ -86,8 +97,9 @@ def _peak(model: ModelConfig, kind: str, seq_len: int, dtype: str) -> int:
 
 
 def _derivative(
-  model: ModelConfig, kind: str, selective: bool, params: dict, x: jax.Array, positions: jax.Array, segment_ids: jax.Array
-) -> jax.tree_util.Partial:
+  model: ModelConfig, kind: str, selective: bool, params: dict, x: jax.Array, positions: jax.Array,
+  segment_ids: jax.Array | None = None,
+) -> jax.tree_util.Partial:  # fmt: skip
   ctx = Context(positions, segment_ids)
 
   def layer(p: dict, x: jax.Array) -> jax.Array:

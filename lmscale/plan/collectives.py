@@ -58,8 +58,8 @@ def read_collectives(text: str, mesh: Mesh, unknown: int = 1) -> list[Collective
   mesh: names the device groups; its devices must be in id order. unknown: how often a loop runs whose end is not in the text; one
   within such a one runs once or not at all.
   """
-  computations = _split(text)
-  runs = _count(computations, unknown)
+  computations = split_computations(text)
+  runs = count_runs(computations, unknown)
   found = []
   for name, lines in computations.items():
     for line in lines:
@@ -74,7 +74,8 @@ def read_collectives(text: str, mesh: Mesh, unknown: int = 1) -> list[Collective
   return [c for c in found if c.axes]
 
 
-def _split(text: str) -> dict[str, list[str]]:
+def split_computations(text: str) -> dict[str, list[str]]:
+  """{name: lines} of the computations of a compiled program's text."""
   computations: dict[str, list[str]] = {}
   current: list[str] = []
   for line in text.splitlines():
@@ -86,7 +87,7 @@ def _split(text: str) -> dict[str, list[str]]:
   return computations
 
 
-class _Runs(NamedTuple):
+class Runs(NamedTuple):
   """How a computation runs: how often, in a loop or not, and whether in some turns only, which may be none: in a branch, or in a loop
   without a known end within another such loop."""
 
@@ -96,18 +97,18 @@ class _Runs(NamedTuple):
   sometimes: bool = False
 
 
-def _count(computations: dict[str, list[str]], unknown: int) -> dict[str, _Runs]:
+def count_runs(computations: dict[str, list[str]], unknown: int) -> dict[str, Runs]:
   """Of each computation that is run. What is called from several places runs as often as all of them say."""
   calls = {name: [call for line in lines for call in _calls(line, computations)] for name, lines in computations.items()}
   called = {name for each in calls.values() for name, _, _ in each}
-  found: dict[str, _Runs] = {}
+  found: dict[str, Runs] = {}
 
-  def walk(name: str, runs: _Runs) -> None:
+  def walk(name: str, runs: Runs) -> None:
     found[name] = runs._replace(times=runs.times + found[name].times) if name in found else runs
     for other, how, trips in calls[name]:
       if how == 'loop' and trips is None:
         more = 1 if runs.endless else unknown
-        walk(other, _Runs(runs.times * more, True, True, runs.sometimes or runs.endless))
+        walk(other, Runs(runs.times * more, True, True, runs.sometimes or runs.endless))
       elif how == 'loop':
         walk(other, runs._replace(times=runs.times * trips, in_loop=True))
       else:
@@ -115,7 +116,7 @@ def _count(computations: dict[str, list[str]], unknown: int) -> dict[str, _Runs]
 
   for name in calls:
     if name not in called:
-      walk(name, _Runs())
+      walk(name, Runs())
   return found
 
 

@@ -1,8 +1,9 @@
 """FLOPs that a step executes: those of the model (`flops`), and what its backward passes compute again."""
 
-from lmscale.config import Config, ModelConfig
+from lmscale.config import Config
 from lmscale.models import stack
 from lmscale.models.flops import head_flops, layer_flops
+from lmscale.models.layers import LAYERS
 
 
 def executed_flops(config: Config, causal: bool = True) -> int:
@@ -13,17 +14,21 @@ def executed_flops(config: Config, causal: bool = True) -> int:
 def layer_executed_flops(config: Config, causal: bool = True) -> list[int]:
   """The same of each layer, in canonical order.
 
-  A backward pass computes again, under `full`, the layer's forward pass, under `selective` what is no projection of it: attention's
-  core, convolutions and scans.
+  A backward pass computes again, under `full`, the layer's forward pass, under `selective` convolutions and scans.
+  (Attention's scores, which its kernels make again under every policy, are not counted.)
   """
   model = config.model
-  again = {kind: _projections(model, kind) for kind in set(model.layers)} if config.train.remat == 'selective' else {}
+  again = {kind: _kept(config, kind, causal) for kind in set(model.layers)} if config.train.remat == 'selective' else {}
   times = 3 if config.train.remat == 'none' else 4
   forward = layer_flops(model, config.train.seq_len, causal)
   return [times * flops - again.get(kind, 0) for kind, flops in zip(model.layers, forward, strict=True)]
 
 
-def _projections(model: ModelConfig, kind: str) -> int:
-  """Forward FLOPs per token of a layer's matrix products with parameters."""
+def _kept(config: Config, kind: str, causal: bool) -> int:
+  """Forward FLOPs per token of what `selective` does not compute again: attention, and products with parameters."""
+  model = config.model
+  if kind == '*':
+    return LAYERS[kind].flops(model, config.train.seq_len, causal)
   specs = stack.layer_specs(model, kind)
-  return 2 * sum(spec.size for name, spec in specs.items() if name.endswith('_kernel') and None not in spec.axes)
+  names = [name for name in specs if name.endswith('_kernel') and not name.startswith('conv')]
+  return 2 * sum(specs[name].size for name in names if name != 'dt_kernel' or kind != 'm')

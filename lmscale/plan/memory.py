@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from lmscale.config import Config
+from lmscale.models.stack import blocks
 from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
 from lmscale.parallel.pipeline.layout import kept_slots, microbatches, stage_places, stage_stacking, step_table
@@ -134,19 +135,26 @@ def _temporary_bytes(config: Config, groups: list[list[LeafLayout]], stored: int
 def activations_held(config: Config) -> int:
   """Bytes that wait on a device for backward passes.
 
-  Without a pipeline of one microbatch, of which each layer's share waits (under `full` its input). In one, buffers as
+  Without a pipeline of one microbatch, of which each layer's share waits (under `full` the input of each block). In one, buffers as
   `pipeline.executor` has them, each with one row more for what nobody reads: inputs of stages, gradients of their outputs,
   outputs, and what the fullest stage's layers save, for every microbatch in flight or (`full`) for one.
   """
   mesh, train, layers = config.mesh, config.train, config.model.layers
   if mesh.pipe == 1:
     kept = {kind: _kept(config, kind) for kind in set(layers)}
-    return train.microbatch * sum(kept[kind] for kind in layers)
+    return train.microbatch * sum(kept[block[0]] if train.remat == 'full' else kept[block] for block in layer_blocks(config))
   table, saved = step_table(config), 'none' if train.remat == 'none' else 'selective'
   places, rows = stage_places(config), sum(kept_slots(config, table)) + 1
   ring = sum(most * layer_activations(config, kind, saved) for kind, most in zip(places.kinds, places.most, strict=True))
   streams = table.slots['activation'] + table.slots['cotangent'] + 2 + rows
   return train.microbatch * (rows * ring + streams * _stream(config) * train.seq_len)
+
+
+def layer_blocks(config: Config) -> list[str]:
+  """The layers in the parts that are recomputed as one."""
+  runs = make_stacking(config.model.layers, config.train.stack)
+  units = ((''.join(stack.kind for stack in run), len(run[0].layers)) for run in runs)
+  return [block for unit, rows in units for block in blocks(unit, config.train.remat) * rows]
 
 
 def _kept(config: Config, kind: str) -> int:
@@ -157,10 +165,18 @@ def _kept(config: Config, kind: str) -> int:
 
 
 def _working_bytes(config: Config) -> int:
-  """What one layer holds, beside what it keeps, while its backward pass runs, and one chunk of the loss."""
+  """What one block holds, beside what it keeps, while its backward pass runs, and one chunk of the loss."""
   train = config.train
-  working = max(max(layer_working(config, kind) - _kept(config, kind), 0) for kind in set(config.model.layers))
+  parts = layer_blocks(config) if config.mesh.pipe == 1 else config.model.layers
+  working = max(_block_working(config, part) for part in set(parts))
   return train.microbatch * working + _loss_bytes(config, train.microbatch * train.seq_len)
+
+
+def _block_working(config: Config, kinds: str) -> int:
+  """Bytes per sequence: the layer that holds most, and what the others of the block keep until it is their turn."""
+  every = {kind: layer_activations(config, kind, 'none') for kind in kinds} if len(kinds) > 1 else dict.fromkeys(kinds, 0)
+  working = max(layer_working(config, kind) - every[kind] for kind in kinds) + sum(every.values())
+  return max(working - _kept(config, kinds[0]), 0)
 
 
 def _stream(config: Config) -> int:

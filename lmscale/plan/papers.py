@@ -28,3 +28,16 @@ def iteration_flops(layers: int, hidden: int, vocab: int, seq_len: int, batch: i
     return 96 * B * s * layers * h**2 * (1 + s / (6 * h) + V / (16 * layers * h))
   core = s / (6 * h) if remat == 'none' else s / (3 * h)
   return 72 * B * s * layers * h**2 * (1 + core + V / (12 * layers * h))
+
+
+def block_activations(tokens: int, hidden: int, tensor: int = 1, sequence_parallel: bool = False, remat: str = 'none') -> float:
+  """Bytes that a Transformer block keeps of `tokens`, without dropout and without the scores of attention.
+
+  arXiv 2205.05198, table 2, of whose 34 s b h two are the masks of dropout, a byte per token and channel behind attention and behind
+  the MLP; both lie in the residual stream, so 10 + 24 / t becomes 8 + 24 / t. Of its core, 5 a s^2 b, the softmax is 2 and its
+  dropout 3; a fused attention keeps none of it, so that `none` is what the paper calls selective.
+  """
+  if remat == 'full':
+    return 2 * tokens * hidden / (tensor if sequence_parallel else 1)
+  stream, mixer = (0, 32) if sequence_parallel or tensor == 1 else (8, 24)
+  return tokens * hidden * (stream + mixer / tensor)

@@ -4,7 +4,7 @@ Bytes are those that a device receives where each group is a ring (`collectives.
 
 tensor  each mixer's output is one sum over the devices, and in the backward pass the gradient of its input: an all-reduce of the
         stream, under sequence parallelism a gather before and a scatter behind (arXiv 2205.05198, section 4.2), and one more gather
-        where the mixer's input is recomputed. The embedding's look-up and the head's gradient are sums in float32.
+        of the mixer's input, which is kept cut. The embedding's look-up and the head's gradient are sums in float32.
 data    ZeRO's: the compute copy gathered once a step and gradients reduced (stages 1 and 2), or both in each microbatch (3)
 pipe    every tick a device sends an activation on and a gradient back; gradients of what all stages have are summed once a step
 Scalars, losses, gradients of norms and what is not divided by `tensor` in Mamba-2's norms are left out: they are small.
@@ -18,7 +18,7 @@ from lmscale.parallel.layout import LeafLayout
 from lmscale.parallel.pipeline.layout import microbatches, stage_layers, step_table
 from lmscale.parallel.pipeline.stages import device_layers
 from lmscale.plan.collectives import ring_bytes
-from lmscale.plan.memory import BYTES, device_parameters, leaf_widths, local_elements
+from lmscale.plan.memory import BYTES, device_parameters, layer_blocks, leaf_widths, local_elements
 
 
 class Message(NamedTuple):
@@ -83,11 +83,12 @@ def layer_messages(config: Config, kind: str) -> list[Message]:
   """Of one layer in one microbatch, over `tensor`."""
   model, train, mesh = config.model, config.train, config.mesh
   stream, width = _tokens(config) * model.d_model, BYTES[train.compute_dtype]
-  # The output, and the gradient of the input; a pipeline's recomputation makes the output of each layer again.
-  passes = 3 if mesh.pipe > 1 and train.remat == 'full' else 2
+  # The output, and the gradient of the input. Recomputation makes the output again: in a pipeline of each layer, else of a block's first.
+  first = {block[0] for block in layer_blocks(config) if len(block) > 1}
+  passes = 3 if train.remat == 'full' and (mesh.pipe > 1 or kind in first) else 2
   kinds = ['all-reduce'] * passes
   if mesh.sequence_parallel:
-    kinds = ['all-gather', 'reduce-scatter'] * passes + ['all-gather'] * (passes == 2 and train.remat != 'none')
+    kinds = ['all-gather', 'reduce-scatter'] * passes + ['all-gather'] * (passes == 2)
   messages = [_message(mesh.tensor, name, stream * width) for name in kinds]
   channels, times = _whole_channels(config, kind)
   return messages + [_message(mesh.tensor, 'all-reduce', _tokens(config) * channels * width)] * times

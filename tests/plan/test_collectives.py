@@ -2,6 +2,7 @@
 
 import collections
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -192,3 +193,12 @@ def test_the_embedding_stays_cut():
   with jax.set_mesh(mesh):
     found = read_collectives(jax.jit(mapped).lower(table, tokens).compile().as_text(), mesh)
   assert [(c.kind, c.elements) for c in found] == [('all-reduce', 2 * 16 * 16)]
+
+
+@pytest.mark.parametrize('remat', ['none', pytest.param('selective', marks=pytest.mark.scale)])
+def test_zero_3_keeps_no_gathered_layer(remat):
+  """Not without recomputation either: the loop over layers carries no stack of whole matrices."""
+  model = tiny.change(tiny.MODEL, pattern='---', positions='none', mlp=tiny.change(tiny.MODEL.mlp, d_ff=28))
+  text = Program(tiny.config(MeshConfig(1, 4, 2, 3), model, remat=remat)).lower_step().compile().as_text()
+  assert 'f32[16,14]' in text
+  assert not re.findall(r'f32\[3,(?:16,14|14,16)\]', text)
