@@ -100,19 +100,24 @@ def table(case: Case, config: Config) -> str:
   """Markdown: bytes in units of tokens times width, and FLOPs over those of the model and over those without recomputation."""
   tokens, width = case.batch * config.train.seq_len, config.model.d_model
   model_flops = 3 * tokens * sum(layer_flops(config.model, config.train.seq_len, causal=False)[: len(case.unit)])
-  lines = [f'{case.title}, s b h = {tokens * width:,}, {case.tensor} devices', '',
-           "| | MB | bytes / s b h | ours | ratio | paper's | ratio | FLOPs / model's | / none |", '|---' * 9 + '|']  # fmt: skip
+  unit, published = tokens * width, is_transformer(case.unit, config.model)
+  columns = ['', 'MB', 'bytes / s b h', 'ours', 'ratio', *(["paper's", 'ratio'] * published), "FLOPs / model's", '/ none']
+  lines = [f'{case.title}, s b h = {unit:,}, {case.tensor} devices', '', '| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
   none: dict[bool, float] = {}
   for title, parallel, sequence, remat in ROWS:
     row = measure(case, config, parallel, sequence, remat)
     flops = row.flops * (case.tensor if parallel else 1)
     none.setdefault(parallel, flops)
-    unit = tokens * width
-    paper = ['', ''] if row.paper is None else [f'{row.paper / unit:.3f}', f'{row.kept / row.paper:.3f}']
+    paper = [] if row.paper is None else [f'{row.paper / unit:.3f}', f'{row.kept / row.paper:.3f}']
     cells = [title, f'{row.kept / 1e6:,.1f}', f'{row.kept / unit:.3f}', f'{row.ours / unit:.3f}', f'{row.kept / row.ours:.3f}', *paper,
              f'{flops / model_flops:.4f}', f'{flops / none[parallel]:.4f}']  # fmt: skip
     lines.append('| ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines)
+
+
+def is_transformer(unit: str, model: ModelConfig) -> bool:
+  """Whether the papers' formula is about these layers."""
+  return unit == '*-' and model.attention.kv_heads == model.attention.heads
 
 
 def measure(case: Case, config: Config, parallel: bool, sequence: bool, remat: str) -> Row:
@@ -128,8 +133,8 @@ def measure(case: Case, config: Config, parallel: bool, sequence: bool, remat: s
   kept, flops = ((b - a) / (depths[1] - depths[0]) for a, b in zip(*found, strict=True))
   tokens, size = case.batch * config.train.seq_len, (tensor, sequence, remat)
   ours = tokens * formula(config.model, case.unit, *size)
-  blocks = case.unit.count('*-') * 2 == len(case.unit) and config.model.attention.kv_heads == config.model.attention.heads
-  return Row(kept, ours, block_activations(tokens, config.model.d_model, *size) if blocks else None, flops)
+  paper = block_activations(tokens, config.model.d_model, *size) if is_transformer(case.unit, config.model) else None
+  return Row(kept, ours, paper, flops)
 
 
 def lower_gradients(config: Config, unit: str, depth: int, batch: int, backward: bool = True) -> Any:

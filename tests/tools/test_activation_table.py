@@ -78,7 +78,8 @@ def test_the_plan_counts_what_the_formulas_count(remat, sequence_parallel):
   config = dataclasses.replace(SMALL, model=model, mesh=mesh, train=train)
   for kind in 'M*-':
     expected = train.seq_len * lib.formula(model, kind, TENSOR, sequence_parallel, remat)
-    assert layer_activations(config, kind, remat) == pytest.approx(expected, rel=0.1 if kind == 'M' else 0.01)
+    few = 12 * train.seq_len  # bytes of positions, which all layers share
+    assert abs(layer_activations(config, kind, remat) - expected) <= (0.1 * expected if kind == 'M' else few)
 
 
 @pytest.mark.scale
