@@ -43,3 +43,27 @@ def test_quickstart_keeps_its_promises(tmp_path):
   files = {path.name for path in (tmp_path / 'run').iterdir()}
   wanted = 'config.json environment.json metrics.jsonl tensorboard samples.txt loss.svg checkpoints'
   assert files >= set(wanted.split())
+
+
+MESHES = {
+  'default': (),
+  'pipe': ('--config.mesh.pipe=2', '--config.mesh.data=2', '--config.mesh.tensor=2'),
+  'interleaved': (
+    '--config.mesh.pipe=2', '--config.mesh.data=2', '--config.mesh.tensor=2', '--config.mesh.schedule=interleaved',
+    '--config.mesh.virtual=2',
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.scale
+def test_the_losses_of_the_quickstart_are_those_of_a_pipeline(tmp_path):
+  """By flags alone; 20 steps with a whole warm-up and decay."""
+  found = {}
+  for name, flags in MESHES.items():
+    steps = ('--config.train.steps=20', '--config.loop.eval_every=10', '--config.loop.sample_every=0')
+    argv = [sys.executable, ROOT / 'run.py', '--workdir', tmp_path / name, *steps, *flags]
+    subprocess.run(argv, check=True, capture_output=True)
+    lines = [json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
+    found[name] = [value for line in lines for value in (line['loss'], line.get('val_loss', 0))]
+  for name in ('pipe', 'interleaved'):
+    assert found[name] == pytest.approx(found['default'], abs=1e-4), name

@@ -120,9 +120,12 @@ FLAGS = (
 )  # fmt: skip
 
 
-def start_run(folder, data):
+PIPE = ('--config.mesh.pipe=2', '--config.mesh.data=2', '--config.mesh.tensor=2')
+
+
+def start_run(folder, data, mesh=()):
   sources = [{'name': 'text', 'kind': 'text', 'path': str(data / 'text.txt')}]
-  argv = [*FLAGS, f'--config.data.sources={json.dumps(sources)}', f'--config.data.cache={data}', f'--workdir={folder}']
+  argv = [*FLAGS, *mesh, f'--config.data.sources={json.dumps(sources)}', f'--config.data.cache={data}', f'--workdir={folder}']
   cache = {'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir}
   cache['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
   return subprocess.Popen(
@@ -138,11 +141,12 @@ def stored_run(folder):
   return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)], meta
 
 
-def test_run_py_killed_while_it_saves_and_resumed_is_the_same_run(tmp_path):
+@pytest.mark.parametrize('mesh', [(), pytest.param(PIPE, marks=pytest.mark.scale)], ids=['data', 'pipe'])
+def test_run_py_killed_while_it_saves_and_resumed_is_the_same_run(tmp_path, mesh):
   (tmp_path / 'text.txt').write_text(TEXT * 400)
   for name, kills in (('whole', 0), ('killed', 2)):
     for _ in range(kills):
-      process, log = start_run(tmp_path / name, tmp_path), tmp_path / name / 'metrics.jsonl'
+      process, log = start_run(tmp_path / name, tmp_path, mesh), tmp_path / name / 'metrics.jsonl'
       before = set((tmp_path / name / 'checkpoints').glob('*'))
       while not set((tmp_path / name / 'checkpoints').glob('*')) - before or not log.read_text():
         assert process.poll() is None, process.stderr.read()
@@ -150,7 +154,7 @@ def test_run_py_killed_while_it_saves_and_resumed_is_the_same_run(tmp_path):
       process.kill()
       process.communicate()
       assert process.returncode == -signal.SIGKILL and len(lines(tmp_path / name)) < 12
-    process = start_run(tmp_path / name, tmp_path)
+    process = start_run(tmp_path / name, tmp_path, mesh)
     err = process.communicate(timeout=300)[1]
     assert process.returncode == 0 and 'WARNING' not in err, err
   assert stored_run(tmp_path / 'killed') == stored_run(tmp_path / 'whole')

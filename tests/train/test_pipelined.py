@@ -88,7 +88,10 @@ def test_a_ramp_uses_one_program(split):
   increment, tokens = {TWO: (4, 256), INTERLEAVED: (8, 128)}[split]
   ramp = {'ramp_start': 8, 'ramp_increment': increment, 'ramp_tokens': tokens}
   on = program(split, **ramp)
-  assert [Schedule(on.config).inputs(i).batch for i in range(3)] == [8, min(16, 8 + increment), 16]
+  inputs = [Schedule(on.config).inputs(i) for i in range(3)]
+  assert [i.batch for i in inputs] == [8, min(16, 8 + increment), 16]
+  ticks = [int(on.batch(i, tiny.Rows())['ticks']) for i in inputs]
+  assert ticks[0] < ticks[1] and ticks == sorted(ticks)  # fewer microbatches take less time
   _, found = train(on)
   assert on._step._cache_size() == 1
   np.testing.assert_allclose(found, expected(**ramp)[1], rtol=1e-10)
