@@ -27,7 +27,7 @@ from lmscale.train.program import Program
 from lmscale.train.schedule import StepInputs
 
 # Every stage of the hybrid has other layers: on two devices, on four, and with two stages a device.
-PATTERNS = {'transformer': '*-*-*-*-', 'mamba': 'm' * 8, 'mamba2': 'M-M-M-M-', 'hybrid': 'M-*MM*--'}
+PATTERNS = {'transformer': '*-*-*-*-', 'mamba': 'm' * 8, 'mamba2': 'M' * 8, 'hybrid': 'M-*MM*--'}
 MESHES = {'pipe': (4, 1, 1), 'pipe data': (2, 4, 1), 'pipe tensor': (4, 1, 2), 'all': (2, 2, 2)}
 FACTORS = {
   'schedule': ('gpipe', '1f1b', '1f1b_strict', 'interleaved'),
