@@ -158,15 +158,16 @@ class _Device:
     """What the stage `chunk` begins with: the embedding in the first, else what was received."""
     received = take(carry.activation, task.of('activation'))
 
-    def embed(_: jax.Array) -> jax.Array:
-      microbatch = self.microbatch(task.of('microbatch', 0))
+    microbatch = self.microbatch(task.of('microbatch', 0))
+
+    def embed(_: jax.Array, tokens: jax.Array) -> jax.Array:
       ctx = self.context(microbatch)
-      return ctx.constrain(model.embed(self.config, self.outer['embed'], microbatch['tokens'], ctx), RESIDUAL)
+      return ctx.constrain(model.embed(self.config, self.outer['embed'], tokens, ctx), RESIDUAL)
 
     first = (self.device == 0) & (chunk == 0)
-    if not self.vocab_on_pipe:
-      return _when(first, embed, received)
-    return jnp.where(first, _when(task.of('chunk', 0) == 0, embed, received), received)
+    active = task.of('chunk', 0) == 0 if self.vocab_on_pipe else first
+    x = self.when(active, embed, received, microbatch['tokens'])
+    return jnp.where(first, x, received) if self.vocab_on_pipe else x
 
   def at_last(self, task: _Task, y: jax.Array, function: Callable, value: Any) -> Any:
     """function(value, output of the last stage, its microbatch, whether it is here) where the last stage has a task, else value."""
@@ -181,11 +182,22 @@ class _Device:
     here = self.device == device
     active = task.of('chunk', device) == chunk
 
-    def run(value: Any) -> Any:
+    def run(value: Any, x: jax.Array) -> Any:
       sent = jax.lax.psum(jnp.where(here, x, 0), 'pipe') if self.vocab_on_pipe else x
       return function(value, sent, self.microbatch(task.of('microbatch', device)), here)
 
-    return _when(active if self.vocab_on_pipe else active & here, run, value)
+    return self.when(active if self.vocab_on_pipe else active & here, run, value, x)
+
+  def when(self, condition: jax.Array, function: Callable[[Any, jax.Array], Any], value: Any, x: jax.Array) -> Any:
+    """function(value, x) where the condition holds, else the value itself, which is handed on without a copy.
+
+    x depends on the turn of the loop, or the compiler would do before the loop what follows from x alone: on every device.
+    """
+
+    def turn(i: jax.Array, value: Any) -> Any:
+      return function(value, jnp.where((i & self.zero) == 0, x, jnp.zeros_like(x)))
+
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), turn, value)
 
   def add_loss(self, sums: Sums, y: jax.Array, microbatch: Batch, here: jax.Array) -> Sums:
     """The sums with the loss of the last stage's output y."""
@@ -244,11 +256,6 @@ class _Device:
       return g if self.setup.config.mesh.tensor == 1 else jax.lax.with_sharding_constraint(g, leaf.kept)
 
     return map_layout(zeros, self.setup.layout, params)
-
-
-def _when(condition: jax.Array, function: Callable[[Any], Any], value: Any) -> Any:
-  """function(value) where the condition holds, else the value itself, which is handed on without a copy."""
-  return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, value: function(value), value)
 
 
 def _bits(x: jax.Array) -> jax.Array:
