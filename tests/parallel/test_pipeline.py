@@ -218,13 +218,15 @@ def test_memory_does_not_grow_with_the_microbatches(schedule, flat):
 
 
 @pytest.mark.scale
-def test_it_does_not_hang():
+@pytest.mark.parametrize('vocab_on_pipe', [False, True])
+def test_it_does_not_hang(vocab_on_pipe):
   """Stages and `tensor` together, two stages a device, in fresh processes: there emulated devices once waited for each other."""
   for _ in range(5):
-    subprocess.run([sys.executable, '-c', STEPS], check=True, timeout=300, env=os.environ | {'PYTHONPATH': TESTS})
+    subprocess.run([sys.executable, '-c', STEPS, *['vocab'] * vocab_on_pipe], check=True, timeout=300, env=os.environ | {'PYTHONPATH': TESTS})
 
 
 STEPS = """
+import sys
 import jax
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
@@ -232,7 +234,7 @@ import tiny
 from lmscale.config import MeshConfig
 from lmscale.train.program import Program
 from lmscale.train.schedule import StepInputs
-mesh = MeshConfig(2, 2, 2, 1, True, 'interleaved', 2)
+mesh = MeshConfig(2, 2, 2, 1, True, 'interleaved', 2, len(sys.argv) > 1)
 program = Program(tiny.config(mesh, tiny.change(tiny.MODEL, pattern='M-*-')))
 state, rows = program.init(), tiny.Rows()
 for step in range(20):
