@@ -91,7 +91,7 @@ def listing(folder: pathlib.Path) -> list[str]:
     # row 5: the mesh and the batch
     (['--config.mesh.data=3'], ['mesh', '3 * tensor 2 = 6', '8 devices', 'mesh.data=4']),
     (['--config.mesh.tensor=3', '--config.mesh.data=-1'], ['mesh', '8 devices', 'mesh.tensor=2']),
-    (['--config.mesh.pipe=2'], ['mesh.pipe', 'mesh.pipe=1']),
+    (['--config.mesh.pipe=2'], ['pipe 2', '8 devices', 'mesh.data=2']),
     (['--config.train.batch=24', '--config.train.microbatch=4'], ['train.batch', '24', '4 * mesh.data 4 = 16', '16 or 32']),
     ([f'--config={GPT}:size=1t'], ['mesh.pipe', '64']),
     (['--job=plan', '--config.mesh.tensor=16'], ['mesh.tensor', '16', 'model.attention.heads 4']),

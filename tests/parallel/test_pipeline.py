@@ -209,7 +209,10 @@ def test_every_task_runs_once_and_one_reduction_follows(schedule):
   assert [c.elements for c in inside] == [activation, activation]
 
 
-@pytest.mark.parametrize('schedule,flat', [('1f1b', True), ('1f1b_strict', True), ('interleaved', True), ('gpipe', False)])
+STRICT = pytest.param('1f1b_strict', True, marks=pytest.mark.scale)
+
+
+@pytest.mark.parametrize('schedule,flat', [('1f1b', True), STRICT, ('interleaved', True), ('gpipe', False)])
 def test_memory_does_not_grow_with_the_microbatches(schedule, flat):
   few, many = (
     _stage_program(schedule, m, remat='selective').lower_step().compile().memory_analysis().temp_size_in_bytes for m in (8, 32)
