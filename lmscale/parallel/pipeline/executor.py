@@ -157,7 +157,6 @@ class _Device:
   def input(self, task: _Task, chunk: jax.Array, carry: _Carry) -> jax.Array:
     """What the stage `chunk` begins with: the embedding in the first, else what was received."""
     received = take(carry.activation, task.of('activation'))
-
     microbatch = self.microbatch(task.of('microbatch', 0))
 
     def embed(_: jax.Array, tokens: jax.Array) -> jax.Array:
