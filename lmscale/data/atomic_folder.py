@@ -6,6 +6,7 @@ others throw theirs away.
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import pathlib
@@ -51,6 +52,44 @@ def ensure(folder: pathlib.Path, build: Callable[[pathlib.Path], None],
       with _writable(folder):
         _discard(folder)
   raise RuntimeError(f'{folder} is damaged again after it was rebuilt: {failure}') from failure
+
+
+def make(folder: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
+  """`folder`, which must not be there or be empty, of what `build(empty folder)` puts in: whole and on the disk, or not there.
+
+  A process that is killed leaves a hidden `.<name>.unfinished-...` beside it, which the next call for the same folder removes.
+
+  Raises:
+    ConfigError: the folder holds something, or cannot be written.
+  """
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise config_lib.ConfigError(f'{folder}: exists already; give another folder, or move it away')
+  beginning = f'.{folder.name}.unfinished-'
+  temporary = folder.parent / f'{beginning}{uuid.uuid4().hex}'
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unlocked(folder.parent, beginning)
+    temporary.mkdir()
+    with (temporary / 'lock').open('w') as lock, unfinished(temporary):
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      build(temporary)
+      _sync(temporary)
+      temporary.rename(folder)
+      (folder / 'lock').unlink()
+      _sync_one(folder.parent)
+  except OSError as error:
+    raise config_lib.ConfigError(f'{folder}: cannot be written: {error.strerror or error}; give another folder, or make room') from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_unlocked(parent: pathlib.Path, beginning: str) -> None:
+  """Removes what killed processes have left: those that go on hold a lock."""
+  for path in parent.iterdir():
+    if path.name.startswith(beginning) and (path / 'lock').is_file():
+      with (path / 'lock').open() as lock, contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _build(folder: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: the one file that knows Orbax.
+"""Checkpoints: the file that knows Orbax (`streamed` beside it writes one array at a time).
 
 A checkpoint is a folder `<step>` with two items: `state`, the sharded arrays as they lie in memory, and `meta`, JSON with the
 index of their rows (see `stored`). A save never transforms; a restore with the same stacking goes straight into place, with
@@ -11,6 +11,7 @@ array, or per row of a stack.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import multihost
@@ -42,6 +44,12 @@ Check = Callable[[int, dict[str, Any]], None]  # of (step, meta); raises ConfigE
 
 class DamagedCheckpoint(Exception):
   """A checkpoint that is there but cannot be read back as it was written."""
+
+
+def signed(step: int, meta: dict[str, Any], index: Index, checksums: dict[str, int]) -> dict[str, Any]:
+  """What is written about a checkpoint."""
+  about = {'format': FORMAT, 'step': step, 'user': meta, 'index': stored.to_json(index), 'checksums': checksums}
+  return about | {'digest': _digest(about)}
 
 
 class Checkpointer:
@@ -97,9 +105,7 @@ class Checkpointer:
       self._set_bad_aside()
       if step not in self._manager.all_steps():
         index = index or {}
-        about = {'format': FORMAT, 'step': step, 'user': meta, 'index': stored.to_json(index)}
-        about['checksums'] = stored.checksums(tree, index)
-        about['digest'] = _digest(about)
+        about = signed(step, meta, index, stored.checksums(tree, index))
         state = ocp.args.PyTreeSave(tree, save_args=_save_args(tree, index))
         args = ocp.args.Composite(state=state, meta=ocp.args.JsonSave(about))
         self._manager.save(step, args=args, force=True)
@@ -113,11 +119,13 @@ class Checkpointer:
     index: Index | None = None,
     check: Check = lambda step, meta: None,
     partial: bool = False,
+    cast: bool = False,
   ) -> tuple[Any, dict[str, Any]]:
     """(tree, meta) of checkpoint `step`, or of the newest that is whole, on the shardings of `abstract`.
 
     abstract: nested dicts of `jax.ShapeDtypeStruct` with shardings, on any mesh, stacked as `index` says; what is stored may
-    be stacked in another way. partial: a top-level entry that is not asked for is not read. check(step, meta) is called before arrays
+    be stacked in another way. partial: a top-level entry that is not asked for is not read. cast: floating numbers may be stored
+    in another dtype, and become that of `abstract` one stack of layers at a time. check(step, meta) is called before arrays
     are read, and may refuse the checkpoint by a ConfigError. Without `step`, a damaged checkpoint
     is passed over with a warning; the next save moves its folder to `<step>.damaged`. Of several processes all must find
     it damaged; where one cannot read its part, that is an error.
@@ -130,7 +138,7 @@ class Checkpointer:
     for candidate in wanted:
       try:
         check(candidate, self.meta(candidate))
-        return self._restore(candidate, abstract, index or {}, partial)
+        return self._restore(candidate, abstract, index or {}, partial, cast)
       except DamagedCheckpoint as damage:
         if step is not None:
           raise ConfigError(f'checkpoint {self.folder / str(step)} is damaged: {damage}') from damage
@@ -170,10 +178,10 @@ class Checkpointer:
       kept = 'there is no earlier one' if whole is None else f'the last good one is of step {whole}'
       raise ConfigError(
         f'{self.folder}: a checkpoint could not be saved, {kept}; make room and run the same command again to go on '
-        f'from there ({_first_line(error)})'
+        f'from there ({first_line(error)})'
       ) from error
 
-  def _restore(self, step: int, abstract: Any, index: Index, partial: bool) -> tuple[Any, dict[str, Any]]:
+  def _restore(self, step: int, abstract: Any, index: Index, partial: bool, cast: bool) -> tuple[Any, dict[str, Any]]:
     about = self._about(step)
     source = about['index']
     asked = stored.named({name: part for name, part in abstract.items() if name not in ADDED.get(about['format'], ())})
@@ -182,28 +190,43 @@ class Checkpointer:
       found = stored.named({name: part for name, part in tree.items() if name in abstract or not partial})
       rows = _rows(found, source)
     except Exception as error:
-      raise DamagedCheckpoint(_first_line(error)) from error
-    if differences := _differences(rows, _rows(asked, index)):
+      raise DamagedCheckpoint(first_line(error)) from error
+    wanted = _rows(asked, index)
+    if differences := _differences(_castable(rows, wanted) if cast else rows, wanted):
       raise ConfigError(f'checkpoint {self.folder / str(step)} does not fit the model: {differences}')
-    straight = {path for path in asked if path in found and index.get(_parent(path)) == source.get(_parent(path))}
-    moves = stored.moves(asked.keys() - straight, index, found, source)
+    leaves, facts = {}, {}
     try:
-      leaves = self._read(step, {path: asked[path] for path in straight})
-      for move in moves:
-        leaves |= self._moved(step, move, asked, found, source)
-      facts = stored.facts(stored.nested(leaves), index)
+      for part in self._parts(step, asked, index, found, source, cast):
+        facts |= stored.facts(stored.nested(part), index)
+        leaves |= {path: _cast(leaf, asked[path]) for path, leaf in part.items()}
     except Exception as error:
       if processes.count() > 1:  # perhaps of this one only: then the others wait for it, and cannot go back with it
         raise ConfigError(
-          f'checkpoint {self.folder / str(step)} cannot be read here ({_first_line(error)}); if it is damaged, move its '
+          f'checkpoint {self.folder / str(step)} cannot be read here ({first_line(error)}); if it is damaged, move its '
           'folder away to go on from the one before'
         ) from error
-      raise DamagedCheckpoint(_first_line(error)) from error
+      raise DamagedCheckpoint(first_line(error)) from error
+    facts = {name: facts[name] for path in asked for name in stored.canonical_names(path, index) if name}
     if wrong := [name for name, (checksum, _) in facts.items() if about['checksums'].get(name) != checksum]:
       raise DamagedCheckpoint(f'checksum of {", ".join(wrong[:SHOWN])} differs')
     if wrong := [name for name, (_, finite) in facts.items() if not finite]:
       raise DamagedCheckpoint(f'{", ".join(wrong[:SHOWN])} holds NaN or infinity')
     return stored.nested({path: leaves[path] for path in asked}), about['user']
+
+  def _parts(
+    self, step: int, asked: dict[str, Any], index: Index, found: dict[str, Any], source: Index, cast: bool
+  ) -> Iterator[dict[str, jax.Array]]:
+    """The arrays that are asked for, in the dtypes in which they are stored: what lies as asked at once, or (`cast`) each stack by
+    itself; then what has to be moved, move by move."""
+    straight: dict[str, dict[str, Any]] = {}
+    for path, like in asked.items():
+      if path in found and index.get(_parent(path)) == source.get(_parent(path)):
+        straight.setdefault(_parent(path) if cast else '', {})[path] = _as_stored(like, found[path].dtype)
+    for part in straight.values():
+      yield self._read(step, part)
+    done = {path for part in straight.values() for path in part}
+    for move in stored.moves([path for path in asked if path not in done], index, found, source):
+      yield self._moved(step, move, asked, found, source)
 
   def _about(self, step: int) -> dict[str, Any]:
     """What is written about a checkpoint: format, user, index, checksums."""
@@ -211,7 +234,7 @@ class Checkpointer:
       about = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
       version, digest = about.get('format', 1), about.pop('digest', None)
     except Exception as error:  # Orbax has no common type for what a damaged file raises
-      raise DamagedCheckpoint(_first_line(error)) from error
+      raise DamagedCheckpoint(first_line(error)) from error
     if digest not in (None, _digest(about)):
       raise DamagedCheckpoint('its metadata has changed')
     if about.get('step', step) != step:
@@ -225,7 +248,7 @@ class Checkpointer:
       index = stored.from_json(about.get('index', {}))
       return {'format': version, 'user': about['user'], 'checksums': about['checksums'], 'index': index}
     except Exception as error:
-      raise DamagedCheckpoint(_first_line(error)) from error
+      raise DamagedCheckpoint(first_line(error)) from error
 
   def _read(self, step: int, asked: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Some arrays of a checkpoint as they were written, by path."""
@@ -245,7 +268,7 @@ class Checkpointer:
     def source_like(path: str) -> jax.ShapeDtypeStruct:
       shape = tuple(found[path].shape)
       at = stored.row_sharding(like, stored.is_stacked(path, source), shape[0])
-      return jax.ShapeDtypeStruct(shape, like.dtype, sharding=at)
+      return jax.ShapeDtypeStruct(shape, found[path].dtype, sharding=at)
 
     arrays = self._read(step, {path: source_like(path) for path in move.sources})
     take = stored.make_taker(move.places, tuple(asked[path].sharding for path in move.targets))
@@ -301,6 +324,29 @@ def _rows(leaves: dict[str, Any], index: Index) -> dict[str, tuple[tuple[int, ..
   return rows
 
 
+def _castable(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+  """`found` of `_rows`, with the dtypes that are asked for where the stored ones can be read and become them."""
+
+  def readable(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jax.dtypes.canonicalize_dtype(dtype) == dtype
+
+  return {name: (shape, asked[name][1] if name in asked and readable(dtype) else dtype) for name, (shape, dtype) in found.items()}
+
+
+def _as_stored(like: jax.ShapeDtypeStruct, dtype: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+
+
+def _cast(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+  """`leaf` in the dtype of `like`; the other one is let go when that is there."""
+  return leaf if leaf.dtype == like.dtype else jax.block_until_ready(_caster(like.dtype, like.sharding)(leaf))
+
+
+@functools.cache
+def _caster(dtype: Any, sharding: Any) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda leaf: leaf.astype(dtype), out_shardings=sharding)
+
+
 def _parent(path: str) -> str:
   return path.rpartition('/')[0]
 
@@ -328,7 +374,8 @@ def _differences(found: dict[str, Any], asked: dict[str, Any]) -> str:
   return '; '.join(lines[:SHOWN]) + more
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+  """What an error of Orbax or TensorStore says, in one line of at most 300 characters."""
   line = ANNOTATIONS.sub('', (str(error).splitlines() or [''])[0])
   text = f'{type(error).__name__}: {line}'
   return text if len(text) <= 300 else f'{text[:150]} ... {text[-140:]}'  # the system's own words come last

@@ -22,6 +22,7 @@ from lmscale.parallel.gradients import make_evaluate, make_gradients
 from lmscale.parallel.layout import map_layout
 from lmscale.parallel.mesh import make_mesh
 from lmscale.parallel.setup import make_setup
+from lmscale.train import stored
 from lmscale.train.optimizer import decays, make_optimizer
 from lmscale.train.schedule import StepInputs
 from lmscale.train.spikes import no_norms
@@ -103,19 +104,13 @@ class Program:
   @functools.cached_property
   def index(self) -> Index:
     """Which layer lies in which row of `stored`, see `train.stored`."""
-    trees = ('params', 'opt/mu', 'opt/nu')
-    places = [(i, j, stack) for i, run in enumerate(self.setup.stacking) for j, stack in enumerate(run)]
-    return {f'{tree}/layers/{i}/{j}': stack for tree in trees for i, j, stack in places}
+    return stored.index_of(self.setup.stacking, ('params', 'opt/mu', 'opt/nu'))
 
   def stored(self, state: TrainState) -> dict[str, Any]:
     """The state as it is stored: the same arrays in nested dicts."""
-
-    def dicts(tree: Any) -> Any:
-      return {**tree, 'layers': {str(i): {str(j): p for j, p in enumerate(run)} for i, run in enumerate(tree['layers'])}}
-
-    opt = {name: dicts(optax.tree_utils.tree_get(state.opt_state, name)) for name in ('mu', 'nu')}
+    opt = {name: stored.unstacked(optax.tree_utils.tree_get(state.opt_state, name)) for name in ('mu', 'nu')}
     opt['count'] = optax.tree_utils.tree_get(state.opt_state, 'count')
-    return {'params': dicts(state.params), 'opt': opt, **{name: getattr(state, name) for name in BOOKKEEPING}}
+    return {'params': stored.unstacked(state.params), 'opt': opt, **{name: getattr(state, name) for name in BOOKKEEPING}}
 
   def abstract_stored(self) -> dict[str, Any]:
     """Shapes, dtypes and this mesh's shardings of `stored`, for a restore."""
@@ -134,8 +129,7 @@ class Program:
 
   def params_from_stored(self, tree: dict[str, Any]) -> Any:
     """The parameters of a state from their part of `stored`."""
-    layers = tuple(tuple(tree['layers'][str(i)][str(j)] for j in range(len(run))) for i, run in enumerate(self.setup.stacking))
-    return {**tree, 'layers': layers}
+    return stored.stacked(tree, self.setup.stacking)
 
   def _run(self, function: Any, *args: Any) -> Any:
     with jax.set_mesh(self.mesh), self._precision():

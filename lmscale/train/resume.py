@@ -16,28 +16,21 @@ import re
 from typing import Any
 
 from lmscale import config as config_lib
-from lmscale.config import USES, Config, run_tokens
+from lmscale.config import Config, run_tokens
 from lmscale.errors import ConfigError
-from lmscale.train.checkpoint import Checkpointer, DamagedCheckpoint
+from lmscale.train.changes import MAY_CHANGE, ON_PURPOSE, changed, changed_function, show
+from lmscale.train.checkpoint import Checkpointer
+from lmscale.train.model_folder import PARAMS_ONLY, ModelFolder, open_model, trained_with
 from lmscale.train.schedule import Schedule, StepInputs, first_difference
-from lmscale.train.workdir import Workdir, read_config
+from lmscale.train.workdir import Workdir
 
-# A resumed run may change how and for how long it runs, and what it skips, not what it computes. Fields not named here may not change.
-MAY_CHANGE = (
-  'name', 'emulate', 'mesh.', 'loop.', 'data.cache', 'train.microbatch', 'train.remat', 'train.stored_microbatches', 'train.stack', 'train.loss_chunk',
-  'train.nonfinite_budget', 'train.spike_skip', 'train.spike_budget', 'train.deterministic', 'model.attention.implementation',
-  'model.mamba2.implementation', 'model.mamba2.chunk', 'model.mamba.implementation', 'model.mamba.chunk',
-)  # fmt: skip
-# Nor these, unless another comparison finds what they stand for equal: the identity of the data; every step's batch and learning rate.
+# What is not among `MAY_CHANGE` may not change. Nor these, unless another comparison finds what they stand for equal: the identity of the data; every step's batch and learning rate.
 BY_IDENTITY = ('data.tokenizer', 'data.end_token', 'data.sources.')
 BY_SCHEDULE = (
   'train.steps', 'train.batch', 'train.ramp_start', 'train.ramp_increment', 'train.ramp_tokens', 'optimizer.schedule',
   'optimizer.learning_rate', 'optimizer.min_learning_rate', 'optimizer.warmup_tokens', 'optimizer.decay_tokens',
   'optimizer.wsd_decay_tokens',
 )  # fmt: skip
-# Of a model whose parameters another one takes over: what is no part of the function, and what may be changed on purpose.
-NO_FUNCTION = ('model.init_std', 'model.pattern', *(name for name in MAY_CHANGE if name.startswith('model.')))
-ON_PURPOSE = ('train.seq_len', 'model.rope_base', 'model.mamba2.dt_min', 'model.mamba2.dt_max')
 NAME = re.compile(r'sources\.\d+\.name$')  # in a data identity: what a source is called
 
 log = logging.getLogger(__name__)
@@ -81,9 +74,14 @@ def check_run(config: Config, data: Any, step: int, meta: dict[str, Any], workdi
     ConfigError: it would not be the same run; one line for each difference.
   """
   path = workdir.path
-  old, notes = _trained_with(meta, path, step)
+  if meta.get(PARAMS_ONLY):
+    raise ConfigError(
+      f'workdir {path} holds a model without optimizer state, no run that can go on; start a new run from it: another --workdir '
+      f'with --config.train.init_from={path}'
+    )
+  old, notes = trained_with(meta, path, step)
   notes += check_config(old, config, step, path) if old else ['the settings could not be compared']
-  check_identity(meta['data'], data, path, _changed(old, config, BY_IDENTITY) if old else [])
+  check_identity(meta['data'], data, path, changed(old, config, BY_IDENTITY) if old else [])
   inputs = Schedule(config).inputs(step)
   wanted = {'samples': inputs.first_sample, 'tokens': inputs.tokens}
   if wrong := [f'  {name}: {meta[name]} -> {wanted[name]}' for name in wanted if meta[name] != wanted[name]]:
@@ -100,8 +98,8 @@ def check_config(old: Config, new: Config, taken: int, path: pathlib.Path) -> li
   Raises:
     ConfigError: a heading and one line per field that changed.
   """
-  lines = [f'  {line}' for line in _changed(old, new, but=(*MAY_CHANGE, *BY_IDENTITY, *BY_SCHEDULE))]
-  schedule = _changed(old, new, BY_SCHEDULE)
+  lines = [f'  {line}' for line in changed(old, new, but=(*MAY_CHANGE, *BY_IDENTITY, *BY_SCHEDULE))]
+  schedule = changed(old, new, BY_SCHEDULE)
   ends = [c.optimizer.decay_tokens or run_tokens(c.train) for c in (old, new)]
   if ends[0] == ends[1] or 'constant' in (old.optimizer.schedule, new.optimizer.schedule):
     schedule = [line for line in schedule if not line.startswith('train.steps')]  # it only says how long the run goes on
@@ -139,7 +137,7 @@ def check_identity(old: Any, new: Any, path: pathlib.Path, fields: list[str] = (
     ConfigError: one line per part that changed.
   """
   before, after = config_lib.flatten(old), config_lib.flatten(_as_json(new))
-  lines = [f'  {n or "identity"}: {_show(before, n)} -> {_show(after, n)}' for n in {**before, **after}
+  lines = [f'  {n or "identity"}: {show(before, n)} -> {show(after, n)}' for n in {**before, **after}
            if before.get(n) != after.get(n) and not NAME.match(n)]  # fmt: skip
   if lines:
     heading = (
@@ -149,32 +147,24 @@ def check_identity(old: Any, new: Any, path: pathlib.Path, fields: list[str] = (
     raise ConfigError('\n'.join([heading, *lines, *(f'  {line}' for line in fields)]))
 
 
-def initial_checkpoints(folder: str) -> pathlib.Path:
-  """Where the run that train.init_from names keeps its checkpoints. Raises ConfigError where it has none."""
-  path = pathlib.Path(folder).expanduser() / 'checkpoints'
-  if path.parent.is_file():
-    raise ConfigError(f'train.init_from: {folder} is a file; give the folder of a run (a pickle, .pt or .bin is never read)')
-  if not path.is_dir():
-    raise ConfigError(f'train.init_from: {folder} has no checkpoints; give the folder of a run that saved one')
-  return path
+def initial_model(config: Config) -> ModelFolder:
+  """The model that train.init_from names. Raises ConfigError where there is none."""
+  try:
+    return open_model(config.train.init_from)
+  except ConfigError as error:
+    raise ConfigError(f'train.init_from: {error}') from error
 
 
 def check_source(config: Config, tokenizer: str) -> None:
-  """Looks at the run that train.init_from names before anything is made. Call from every process.
+  """Looks at the model that train.init_from names before anything is made. Call from every process.
 
   tokenizer: the identity of the tokenizer.
 
   Raises:
-    ConfigError: it has no checkpoint whose metadata is whole, or see `check_parameters`.
+    ConfigError: there is none whose metadata is whole, or see `check_parameters`.
   """
-  with Checkpointer(initial_checkpoints(config.train.init_from), read_only=True) as source:
-    for step in reversed(source.steps()):
-      try:
-        check_parameters(config, tokenizer, step, source.meta(step))
-        return
-      except DamagedCheckpoint:  # told when the one before it is restored
-        continue
-  raise ConfigError(f'train.init_from: no checkpoint in {config.train.init_from} is whole')
+  source = initial_model(config)
+  check_parameters(config, tokenizer, source.step, source.meta)
 
 
 def check_parameters(config: Config, tokenizer: str | None, step: int, meta: dict[str, Any]) -> list[str]:
@@ -184,67 +174,33 @@ def check_parameters(config: Config, tokenizer: str | None, step: int, meta: dic
     ConfigError: they are another function, or of other tokens; one line per field.
   """
   folder = pathlib.Path(config.train.init_from).expanduser()
-  old, missing = _trained_with(meta, folder, step)
+  old, missing = trained_with(meta, folder, step)
   if old is None:
     raise ConfigError(f'train.init_from: {"".join(missing)}; without it nobody knows what the parameters mean: put it back')
-  lines = [f'  {line}' for line in _changed_function(old, config)]
-  if (before := _tokenizer(meta['data'])) != tokenizer:
+  lines = [f'  {line}' for line in changed_function(old, config)]
+  before = _tokenizer(meta['data'])
+  if before is None and meta.get(PARAMS_ONLY):
+    missing = [*missing, 'with which tokenizer they were trained is not known']
+  elif before != tokenizer:
     lines.append(f'  data.tokenizer: {json.dumps(before)} -> {json.dumps(tokenizer)}')
   if lines:
     heading = f'train.init_from: the parameters in {folder} (step {step}) are of another model; set as there what it computes:'
     raise ConfigError('\n'.join([heading, *lines]))
   notes = [f'starting from the parameters of {folder} at step {step}', *missing]
-  return notes + [f'other than there: {line}' for line in _changed(old, config, ON_PURPOSE)]
+  return notes + [f'other than there: {line}' for line in changed(old, config, ON_PURPOSE)]
 
 
 def _with_parameters_of(config: Config, program: Any, data: Any) -> tuple[Any, list[str]]:
-  """A fresh state with the parameters of the newest checkpoint of train.init_from, and notes for people."""
+  """A fresh state with the parameters of the model that train.init_from names, and notes for people."""
   notes: list[str] = []
 
   def check(step: int, meta: dict[str, Any]) -> None:
     notes[:] = check_parameters(config, _tokenizer(data), step, meta)
 
+  source = initial_model(config)
   fresh = program.init().replace(params=None)  # let go, so that there are never two copies of the parameters
-  with Checkpointer(initial_checkpoints(config.train.init_from), read_only=True) as source:
-    tree, _ = source.restore({'params': program.abstract_stored()['params']}, index=program.index, check=check, partial=True)
+  tree = source.restore({'params': program.abstract_stored()['params']}, program.index, check)
   return fresh.replace(params=program.params_from_stored(tree['params'])), notes
-
-
-def _changed_function(old: Config, new: Config) -> list[str]:
-  """A line for each field that makes equal parameters another function."""
-  lines = [] if old.model.layers == new.model.layers else _changed(old, new, ('model.pattern',))
-  unused = tuple(f'{section}.' for section, symbol in USES.items() if symbol not in new.model.layers)
-  if 'rope' not in (old.model.positions, new.model.positions):
-    unused = (*unused, 'model.rope_')
-  return lines + _changed(old, new, ('model.',), but=(*NO_FUNCTION, *ON_PURPOSE, *unused))
-
-
-def _changed(old: Config, new: Config, of: tuple[str, ...] = ('',), but: tuple[str, ...] = ()) -> list[str]:
-  """`field: before -> after` for each field of two configs that differs. of, but: beginnings of names, a whole name included."""
-  before, after = (config_lib.flatten(config_lib.to_dict(config)) for config in (old, new))
-  return [f'{name}: {_show(before, name)} -> {_show(after, name)}' for name in {**before, **after}
-          if before.get(name) != after.get(name) and _named(name, of) and not _named(name, but)]  # fmt: skip
-
-
-def _named(name: str, beginnings: tuple[str, ...]) -> bool:
-  """Whether `beginnings` holds the name, or a prefix of it that ends with a dot or an underscore (or is empty)."""
-  return any(name == b or b[-1:] in ('', '.', '_') and name.startswith(b) for b in beginnings)
-
-
-def _trained_with(meta: dict[str, Any], folder: pathlib.Path, step: int) -> tuple[Config | None, list[str]]:
-  """(the config of a checkpoint: its own, else the folder's config.json, else None; notes for people).
-
-  Raises:
-    ConfigError: one of them cannot be read.
-  """
-  found = read_config(folder)
-  if 'config' not in meta:
-    return found, [] if found else [f'{folder} has no config.json, and its checkpoint is of a version that kept no config']
-  try:
-    kept = config_lib.from_dict(meta['config'])
-  except ConfigError as error:
-    raise ConfigError(f'checkpoint {folder / "checkpoints" / str(step)}: written by another version of lmscale ({error})') from error
-  return kept, [] if found else [f'{folder / "config.json"} is missing: the config kept in the checkpoint was used']
 
 
 def _tokenizer(data: Any) -> str | None:
@@ -256,5 +212,3 @@ def _as_json(value: Any) -> Any:
   return json.loads(json.dumps(value))
 
 
-def _show(values: dict[str, Any], name: str) -> str:
-  return json.dumps(values[name]) if name in values else 'absent'

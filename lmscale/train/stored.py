@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmscale.models.stacking import FILLER, Stack
+from lmscale.models.stacking import FILLER, Stack, Stacking
 
 Index = dict[str, Stack]
 
@@ -36,6 +36,23 @@ def nested(leaves: dict[str, Any]) -> dict[str, Any]:
       at = at.setdefault(parent, {})
     at[name] = leaf
   return tree
+
+
+def unstacked(params: Any) -> dict[str, Any]:
+  """Parameters as they lie in memory, `layers` a tuple of runs, as nested dicts `layers/<run>/<place>`."""
+  return {**params, 'layers': {str(i): {str(j): p for j, p in enumerate(run)} for i, run in enumerate(params['layers'])}}
+
+
+def stacked(tree: dict[str, Any], stacking: Stacking) -> dict[str, Any]:
+  """Inverse of `unstacked`."""
+  layers = tuple(tuple(tree['layers'][str(i)][str(j)] for j in range(len(run))) for i, run in enumerate(stacking))
+  return {**tree, 'layers': layers}
+
+
+def index_of(stacking: Stacking, trees: Iterable[str]) -> Index:
+  """Which layer lies in which row of the stacks of each tree, such as `params`."""
+  places = [(i, j, stack) for i, run in enumerate(stacking) for j, stack in enumerate(run)]
+  return {f'{tree}/layers/{i}/{j}': stack for tree in trees for i, j, stack in places}
 
 
 def canonical_names(path: str, index: Index) -> list[str]:

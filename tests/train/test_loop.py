@@ -127,7 +127,7 @@ def test_a_run_may_start_from_the_parameters_of_another(tmp_path, whole):
   assert run(path, start) == loop.DONE
   assert [line['step'] for line in lines(path)] == [1, 2]
   assert lines(path)[0]['loss'] < lines(whole)[0]['loss'] / 2
-  with pytest.raises(ConfigError, match=r'train.init_from: .*nowhere has no checkpoints'):
+  with pytest.raises(ConfigError, match=r'train.init_from: .*nowhere: no such folder'):
     run(tmp_path / 'other', {**start, 'train.init_from': str(tmp_path / 'nowhere')})
 
 
