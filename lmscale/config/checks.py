@@ -34,7 +34,7 @@ CHOICES = {
   'train.remat': ('none', 'selective', 'full'),
   'train.stack': ('runs', 'unrolled'),
 }
-SOURCE_KINDS = ('stdlib', 'text', 'jsonl', 'megatron', 'tfds')
+SOURCE_KINDS = ('stdlib', 'text', 'jsonl', 'megatron', 'tfds', 'synthetic')
 FIELD_KINDS = ('jsonl', 'tfds')  # in which a text is one of several fields
 TOKENIZER_FILES = ('.json', '.model')
 STDLIB_STREAMS = ('code', 'prose')

@@ -144,9 +144,9 @@ class SourceConfig:
   """One source of text or tokens and its share of the blend."""
 
   name: str = 'code'
-  kind: str = 'stdlib'  # stdlib | text | jsonl | megatron | tfds
+  kind: str = 'stdlib'  # stdlib | text | jsonl | megatron | tfds | synthetic
   path: str = 'code'  # stdlib: code or prose; text, jsonl: a file, a folder or a glob; megatron: the files without .bin or
-  # .idx; tfds: a prepared folder or a name
+  # .idx; tfds: a prepared folder or a name; synthetic: TASK:BYTES:DOCUMENTS, for example phonebook:256-1024:20000
   weight: float = 1.0
   field: str = 'text'  # jsonl, tfds: where the text (or, in tfds, the tokens) is
   split: str = 'train'  # tfds: as in TFDS, for example train[:90%]

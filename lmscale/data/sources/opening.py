@@ -6,6 +6,7 @@ from lmscale import config as config_lib
 from lmscale.config import FIELD_KINDS, SOURCE_KINDS
 from lmscale.data import token_cache
 from lmscale.data.sources.stdlib_source import StdlibSource
+from lmscale.data.sources.synthetic_source import SyntheticSource
 from lmscale.data.sources.text_files import JsonlSource, TextSource
 from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
@@ -30,6 +31,8 @@ def open_source(source: config_lib.SourceConfig, cache: pathlib.Path) -> token_c
   if source.kind == 'tfds':
     from lmscale.data.sources.tfds_source import TfdsSource  # imported where used: TFDS takes a second
     return TfdsSource(source.path, source.split, source.field, cache)
+  if source.kind == 'synthetic':
+    return SyntheticSource(source.path)
   raise ConfigError(f'data source kind {source.kind!r}: unknown; known: {", ".join(SOURCE_KINDS)}')
 
 
