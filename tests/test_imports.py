@@ -21,7 +21,7 @@ MAY = {  # part of lmscale -> the parts that it may import, beside itself and `e
   'parallel': MODEL | {'batch'},
   'plan': MODEL | {'parallel'},
   'generate': MODEL | {'parallel', 'batch'},
-  'interop': MODEL,
+  'interop': BELOW_TRAIN | {'train'},
   'train': BELOW_TRAIN | {'generate'},  # samples are drawn while a run trains
   'jobs': BELOW_TRAIN | {'generate', 'interop', 'train'},
 }

@@ -4,13 +4,15 @@
     hf/bin/python tools/make_goldens.py --out=tests/goldens
 
 Each golden is a folder with `config.json` and `model.safetensors` as transformers writes them (float32), and
-`io.safetensors` with tokens int32 [2, t] and logits float32 [2, t, vocab]. The models are tiny and odd in every size.
+`io.safetensors` with tokens int32 [2, t], logits float32 [2, t, vocab] and greedy int32 [2, 8], which transformers' `generate` puts
+after the first t - 8 tokens. The models are tiny and odd in every size.
 Every value is away from its initial one, so that a weight mapped to the wrong place shows. Before a golden is written
 the tool checks that
 
 * the logits have a standard deviation near 0.75 and agree with a float64 run;
 * they do not depend on transformers' own chunk size;
-* no dt is below the floor at which transformers clamps it;
+* no dt reaches a limit at which transformers clamps it, or, where the golden is about limits, that they matter;
+* no greedy choice is a close one;
 * each single tensor of the file matters: exchanging its values changes the logits by much more than the tests allow.
 
 The package itself never imports transformers or torch; versions used are printed and written to `made_with.json`.
@@ -29,6 +31,8 @@ from safetensors.numpy import save_file
 
 LOGIT_STD = 0.75
 VOCAB = 97
+GREEDY = 8  # tokens generated
+LIMITS = (0.06, 0.3)  # of dt, both of which are reached
 
 # name: (configuration class, its arguments, tokens per row)
 GOLDENS: dict[str, tuple[type, dict, int]] = {
@@ -161,6 +165,85 @@ GOLDENS: dict[str, tuple[type, dict, int]] = {
     },
     23,
   ),
+  'mamba2_limits': (
+    transformers.Mamba2Config,
+    {
+      'hidden_size': 16,
+      'num_hidden_layers': 2,
+      'num_heads': 4,
+      'head_dim': 8,
+      'state_size': 5,
+      'n_groups': 1,
+      'chunk_size': 8,
+      'time_step_limit': LIMITS,
+      'tie_word_embeddings': True,
+    },
+    21,
+  ),
+  'llama_scaled': (
+    transformers.LlamaConfig,
+    {
+      'hidden_size': 24,
+      'intermediate_size': 31,
+      'num_hidden_layers': 2,
+      'num_attention_heads': 3,
+      'num_key_value_heads': 1,
+      'head_dim': 16,
+      'hidden_act': 'gelu',
+      'tie_word_embeddings': True,
+      'rope_parameters': {
+        'rope_type': 'llama3',
+        'rope_theta': 500.0,
+        'factor': 8.0,
+        'low_freq_factor': 1.0,
+        'high_freq_factor': 4.0,
+        'original_max_position_embeddings': 24,
+      },
+    },
+    33,
+  ),
+  'bamba': (
+    transformers.BambaConfig,
+    {
+      'hidden_size': 24,
+      'intermediate_size': 37,
+      'num_hidden_layers': 3,
+      'attn_layer_indices': [1],
+      'num_attention_heads': 3,
+      'num_key_value_heads': 1,
+      'mamba_n_heads': 6,
+      'mamba_d_head': 8,
+      'mamba_n_groups': 2,
+      'mamba_d_state': 7,
+      'mamba_d_conv': 4,
+      'mamba_chunk_size': 8,
+      'rms_norm_eps': 2e-3,
+      'rope_parameters': {'rope_type': 'default', 'rope_theta': 300.0},
+    },
+    29,
+  ),
+  'bamba_limits': (
+    transformers.BambaConfig,
+    {
+      'hidden_size': 20,
+      'intermediate_size': 23,
+      'num_hidden_layers': 2,
+      'attn_layer_indices': [0],
+      'num_attention_heads': 2,
+      'num_key_value_heads': 2,
+      'mamba_n_heads': 4,
+      'mamba_d_head': 10,
+      'mamba_n_groups': 1,
+      'mamba_d_state': 5,
+      'mamba_chunk_size': 16,
+      'time_step_limit': LIMITS,
+      'tie_word_embeddings': True,
+      'attention_bias': True,
+      'mlp_bias': True,
+      'rope_parameters': {'rope_type': 'default', 'rope_theta': 10000.0, 'partial_rotary_factor': 0.4},
+    },
+    21,
+  ),
 }
 
 
@@ -209,7 +292,7 @@ def scale_logits(model: torch.nn.Module, tokens: np.ndarray) -> None:
     if model.lm_head.weight is not model.get_input_embeddings().weight:
       model.lm_head.weight.mul_(ratio)
       return
-    norm = base.norm if hasattr(base, 'norm') else base.norm_f
+    norm = next(getattr(base, name) for name in ('norm', 'norm_f', 'final_layernorm') if hasattr(base, name))
     one = float(model.config.model_type == 'nemotron')
     norm.weight.copy_((norm.weight + one) * ratio - one)
     if getattr(norm, 'bias', None) is not None:
@@ -236,7 +319,7 @@ def check_chunks(model: torch.nn.Module, tokens: np.ndarray, reference: np.ndarr
 
 
 def check_dt(model: torch.nn.Module, tokens: np.ndarray) -> float:
-  """The smallest dt of the run; transformers clamps it at a floor that lmscale does not have."""
+  """The smallest dt of the run."""
   smallest = [math.inf]
 
   def hook(mixer: torch.nn.Module) -> Callable:
@@ -250,9 +333,34 @@ def check_dt(model: torch.nn.Module, tokens: np.ndarray) -> float:
   logits_of(model, tokens)
   for handle in handles:
     handle.remove()
-  floors = [mixer.time_step_limit[0] for mixer in mamba2_mixers(model)]
-  require(all(smallest[0] > floor for floor in floors), f'dt {smallest[0]} reaches a floor of {floors}')
+  given = {tuple(mixer.time_step_limit) for mixer in mamba2_mixers(model)}
+  require(given == {LIMITS} or all(low < smallest[0] and high == math.inf for low, high in given), f'dt {smallest[0]}, limits {given}')
+  if given == {LIMITS}:
+    check_limits(model, tokens)
   return smallest[0]
+
+
+def check_limits(model: torch.nn.Module, tokens: np.ndarray) -> None:
+  """Each limit of dt alone changes the logits by much more than the tests allow."""
+  clamped = logits_of(model, tokens)
+  for limits in ((0.0, LIMITS[1]), (LIMITS[0], math.inf)):
+    for mixer in mamba2_mixers(model):
+      mixer.time_step_limit = limits
+    change = float(np.abs(logits_of(model, tokens) - clamped).max())
+    require(change > 5e-3, f'without one of its limits of dt the logits change by {change}')
+  for mixer in mamba2_mixers(model):
+    mixer.time_step_limit = LIMITS
+
+
+def greedy_of(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+  """What `generate` puts after all but the last GREEDY tokens. Without the cache, whose single steps do not clamp dt."""
+  prompt = torch.from_numpy(tokens[:, :-GREEDY]).long()
+  options = {'do_sample': False, 'use_cache': False, 'max_new_tokens': GREEDY, 'min_new_tokens': GREEDY, 'pad_token_id': 0}
+  with torch.no_grad():
+    whole = model.generate(prompt, attention_mask=torch.ones_like(prompt), eos_token_id=None, **options).numpy().astype(np.int32)
+  top = np.sort(logits_of(model, whole)[:, -GREEDY - 1 : -1], axis=-1)
+  require((top[..., -1] - top[..., -2]).min() > 1e-3, 'a greedy choice is close')
+  return np.ascontiguousarray(whole[:, -GREEDY:])  # safetensors writes a view wrongly
 
 
 def check_tensors(model: torch.nn.Module, tokens: np.ndarray, reference: np.ndarray) -> float:
@@ -302,7 +410,8 @@ def make(name: str, out: pathlib.Path, seed: int) -> None:
   folder = out / name
   model.save_pretrained(folder)
   (folder / 'generation_config.json').unlink(missing_ok=True)
-  save_file({'tokens': tokens, 'logits': logits.astype(np.float32)}, folder / 'io.safetensors')
+  io = {'tokens': tokens, 'logits': logits.astype(np.float32), 'greedy': greedy_of(model, tokens)}
+  save_file(io, folder / 'io.safetensors')
   for path in folder.iterdir():
     path.chmod(0o644)
   size = sum(path.stat().st_size for path in folder.iterdir())

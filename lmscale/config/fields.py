@@ -65,6 +65,10 @@ class ModelConfig:
   max_positions: int = 0  # rows of the learned position table; 0 unless positions is learned
   rope_fraction: float = 1.0
   rope_base: float = 10000.0
+  rope_scaling_factor: float = 0.0  # of type llama3: slow rotations are this many times slower; 0: no scaling, and the next three 0
+  rope_scaling_low: float = 0.0  # slow: fewer than this many turns in rope_scaling_length positions
+  rope_scaling_high: float = 0.0  # kept: more than this many turns; in between both are mixed
+  rope_scaling_length: int = 0  # positions that were trained before the scaling
   bias: bool = False  # biases on the linear maps of attention and MLP
   tied: bool = False  # the output head is the transposed embedding
   init_std: float = 0.02

@@ -13,8 +13,7 @@ from lmscale.errors import ConfigError
 
 LARGEST = 1 << 28  # bound on every size in an untrusted config
 LARGEST_DEPTH = 10_000
-# transformers clamps dt from below and lmscale does not. Raising dt from 0 to 1e-6 is less than float32 rounding.
-HARMLESS_DT_FLOOR = 1e-6
+HARMLESS_DT_FLOOR = 1e-6  # raising dt from 0 to this is less than float32 rounding
 ACTIVATIONS = {
   'relu2': 'relu2',
   'gelu': 'gelu',
@@ -28,22 +27,32 @@ NEMOTRON_H_OLD_NAMES = {
   'mamba_n_groups': 'n_groups',
   'mamba_d_conv': 'conv_kernel',
   'mamba_dt_min': 'time_step_min',
+  'mamba_dt_limit': 'time_step_limit',
   'mamba_conv_bias': 'use_conv_bias',
   'attention_head_dim': 'head_dim',
 }
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
-  """The `ModelConfig` of a parsed `config.json`.
+  """The `ModelConfig` of a parsed `config.json`; see `read_config_with_notes`."""
+  return read_config_with_notes(values)[0]
+
+
+def read_config_with_notes(values: Mapping[str, Any], dt_min: float | None = None) -> tuple[ModelConfig, list[str]]:
+  """The `ModelConfig` of a parsed `config.json`, and lines for people.
+
+  dt_min: of the Mamba-2 layers, in place of what the file says (NemotronH's says it twice).
 
   Raises:
     ConfigError: an unknown model type, a missing or impossible value, or a feature that lmscale lacks; the line names
       the field.
   """
   fields = _Fields(values)
+  fields.dt_min = dt_min
   kind = values.get('model_type')
   if not isinstance(kind, str) or kind not in FAMILIES:
     raise ConfigError(f'model_type: {_shown(kind)} is not supported; supported: {", ".join(FAMILIES)}')
+  fields.must('quantization_config', None, None)
   model = dataclasses.replace(
     FAMILIES[kind](fields),
     d_model=fields.integer('hidden_size'),
@@ -51,8 +60,10 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     tied=fields.flag('tie_word_embeddings', kind == 'mamba') and kind != 'nemotron_h',  # which never ties
     init_std=fields.number('initializer_range', 0.02),
   )
+  if dt_min is not None and 'M' not in model.layers:
+    raise ConfigError('--dt_min: the model has no Mamba-2 layer')
   validate(Config(model=model))
-  return model
+  return model, fields.notes
 
 
 class _Fields:
@@ -60,6 +71,8 @@ class _Fields:
 
   def __init__(self, values: Mapping[str, Any]):
     self.values = values
+    self.notes: list[str] = []  # for people
+    self.dt_min: float | None = None
 
   def get(self, name: str, default: Any = None) -> Any:
     """The value, or `default` where it is absent or null; without a default the field is required."""
@@ -118,12 +131,15 @@ def _shown(value: Any) -> str:
   return text if len(text) <= 60 else text[:57] + '...'
 
 
-def _check_dt_floor(name: str, floor: float) -> None:
-  if floor > HARMLESS_DT_FLOOR:
-    raise ConfigError(
-      f'{name}: transformers raises every dt below {floor:g} to it and lmscale has no such clamp, so logits can differ; '
-      f'set it to at most {HARMLESS_DT_FLOOR:g} in config.json to load the model without the clamp'
-    )
+def _dt_limits(fields: _Fields) -> dict[str, float]:
+  """dt_min and dt_max from `time_step_limit`, between which transformers puts every dt; ours have 0 for no bound."""
+  limits = fields.get('time_step_limit', [0.0, math.inf])
+  if not isinstance(limits, list | tuple) or len(limits) != 2:
+    raise ConfigError(f'time_step_limit: {_shown(limits)}: expected a lower and an upper limit')
+  low, high = (_number('time_step_limit', limit) for limit in limits)
+  if not 0 <= low < high:
+    raise ConfigError(f'time_step_limit: {_shown(limits)}: expected 0 <= lower limit < upper limit')
+  return {'dt_min': low if fields.dt_min is None else fields.dt_min, 'dt_max': 0.0 if high == math.inf else high}
 
 
 def _rotary(fields: _Fields, default_fraction: float) -> dict[str, Any]:
@@ -132,15 +148,31 @@ def _rotary(fields: _Fields, default_fraction: float) -> dict[str, Any]:
   rope = fields.get(name, {})
   if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
     raise ConfigError(f'{name}: {_shown(rope)}: expected one set of values for all layers')
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind != 'default':
-    raise ConfigError(f"{name}.rope_type: {_shown(kind)} is not supported; lmscale has 'default' alone")
   base = rope.get('rope_theta', fields.get('rope_theta', 10000.0))
   fraction = rope.get('partial_rotary_factor', fields.get('partial_rotary_factor', default_fraction))
   return {
     'positions': 'rope',
     'rope_base': _number('rope_theta', base),
     'rope_fraction': _number('partial_rotary_factor', fraction),
+    **_scaling(fields, name, rope),
+  }
+
+
+def _scaling(fields: _Fields, name: str, rope: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields of ModelConfig for scaled rotary positions; none for the type `default`."""
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  if kind == 'default':
+    return {}
+  if kind != 'llama3':
+    raise ConfigError(f"{name}.rope_type: {_shown(kind)} is not supported; lmscale has 'default' and 'llama3' alone")
+  names = ('original_max_position_embeddings', 'max_position_embeddings')
+  lengths = (fields.values.get(names[0]), rope.get(names[0]), fields.values.get(names[1]))  # transformers' order
+  inner = _Fields({**rope, 'original_max_position_embeddings': next((n for n in lengths if n is not None), None)})
+  return {
+    'rope_scaling_factor': inner.number('factor'),
+    'rope_scaling_low': inner.number('low_freq_factor'),
+    'rope_scaling_high': inner.number('high_freq_factor'),
+    'rope_scaling_length': inner.integer('original_max_position_embeddings'),
   }
 
 
@@ -156,19 +188,23 @@ def _attention(fields: _Fields) -> AttentionConfig:
 def _transformer(
   fields: _Fields, eps: str, fraction: float, activations: Mapping[str, str], **rest: Any
 ) -> ModelConfig:
-  bias = fields.flag('attention_bias', False)
-  if fields.flag('mlp_bias', False) != bias:
-    raise ConfigError(f'mlp_bias: {not bias}, but attention_bias is {bias}; lmscale has biases in both or in neither')
   fields.must('sliding_window', None, None)
   return ModelConfig(
     pattern='*-' * fields.integer('num_hidden_layers', largest=LARGEST_DEPTH),
     norm_eps=fields.number(eps),
-    bias=bias,
+    bias=_bias(fields),
     attention=_attention(fields),
     mlp=MLPConfig(fields.integer('intermediate_size'), fields.choice('hidden_act', activations)),
     **_rotary(fields, fraction),
     **rest,
   )
+
+
+def _bias(fields: _Fields) -> bool:
+  bias = fields.flag('attention_bias', False)
+  if fields.flag('mlp_bias', False) != bias:
+    raise ConfigError(f'mlp_bias: {not bias}, but attention_bias is {bias}; lmscale has biases in both or in neither')
+  return bias
 
 
 def _llama(fields: _Fields) -> ModelConfig:
@@ -184,30 +220,69 @@ def _nemotron(fields: _Fields) -> ModelConfig:
 
 def _nemotron_h(fields: _Fields) -> ModelConfig:
   renamed = {NEMOTRON_H_OLD_NAMES.get(name, name): value for name, value in fields.values.items()}
-  fields = _Fields(renamed | fields.values)  # today's name wins
-  for name, wanted in (('use_bias', False), ('attention_bias', False), ('mlp_bias', False), ('use_conv_bias', True)):
+  fields.values = renamed | fields.values  # today's name wins
+  for name, wanted in (('use_bias', False), ('use_conv_bias', True)):
     fields.must(name, wanted, wanted)
   fields.must('mamba_hidden_act', 'silu', 'silu')
   fields.must('sliding_window', None, None)
   fields.must('num_nextn_predict_layers', 0, 0)
   pattern = _nemotron_h_pattern(fields)
-  model = ModelConfig(pattern=pattern, norm_eps=fields.number('layer_norm_epsilon', 1e-5))
+  model = ModelConfig(pattern=pattern, norm_eps=fields.number('layer_norm_epsilon', 1e-5), bias=_bias(fields))
   if '*' in pattern:
     model = dataclasses.replace(model, attention=_attention(fields))
   if '-' in pattern:
     mlp = MLPConfig(fields.integer('intermediate_size'), fields.choice('mlp_hidden_act', ACTIVATIONS))
     model = dataclasses.replace(model, mlp=mlp)
   if 'M' in pattern:
-    _check_dt_floor('time_step_min', fields.number('time_step_min', 0.001))
+    limits = _dt_limits(fields)
+    floor = fields.number('time_step_min', 0.001)
+    if fields.dt_min is None and floor > HARMLESS_DT_FLOOR and floor != limits['dt_min']:
+      fields.notes.append(
+        f"time_step_min: transformers' plain path raises every dt to {floor:g}, its fused one goes by time_step_limit, which is "
+        f'followed here; --dt_min={floor:g} follows the plain one'
+      )
     mamba2 = Mamba2Config(
       heads=fields.integer('mamba_num_heads'),
       head_dim=fields.integer('mamba_head_dim'),
       groups=fields.integer('n_groups'),
       state=fields.integer('ssm_state_size'),
       conv=fields.integer('conv_kernel'),
+      **limits,
     )
     model = dataclasses.replace(model, mamba2=mamba2)
   return model
+
+
+def _bamba(fields: _Fields) -> ModelConfig:
+  """Every block is a mixer, attention where `attn_layer_indices` says so, and a gated MLP."""
+  fields.must('mamba_proj_bias', False, False)
+  fields.must('mamba_conv_bias', True, True)
+  heads, kinds = fields.integer('mamba_n_heads'), _bamba_kinds(fields)
+  attention = _attention(fields)
+  fields.must('attn_rotary_emb', attention.head_dim // 2, attention.head_dim // 2)  # of older files, without effect in transformers
+  inner, given = fields.integer('mamba_expand', 2) * fields.integer('hidden_size'), fields.values.get('mamba_d_head', 'auto')
+  head_dim = max(inner // heads, 1) if given in ('auto', None) else fields.integer('mamba_d_head')
+  if heads * head_dim != inner:
+    raise ConfigError(f'mamba_d_head: mamba_n_heads {heads} * {head_dim} = {heads * head_dim}, but mamba_expand * hidden_size = {inner}')
+  mamba2 = Mamba2Config(
+    heads, head_dim, fields.integer('mamba_n_groups'), fields.integer('mamba_d_state'), fields.integer('mamba_d_conv'), **_dt_limits(fields)
+  )
+  return ModelConfig(
+    pattern=''.join(f'{kind}-' for kind in kinds),
+    norm_eps=fields.number('rms_norm_eps', 1e-5),
+    bias=_bias(fields),
+    attention=attention,
+    mlp=MLPConfig(fields.integer('intermediate_size'), fields.choice('hidden_act', GATED_ACTIVATIONS)),
+    mamba2=mamba2,
+    **_rotary(_Fields({**fields.values, 'partial_rotary_factor': 0.5}), 0.5),  # beside rope_parameters it is not looked at
+  )
+
+
+def _bamba_kinds(fields: _Fields) -> str:
+  depth, chosen = fields.integer('num_hidden_layers', largest=LARGEST_DEPTH), fields.values.get('attn_layer_indices') or []
+  if not isinstance(chosen, list) or any(type(i) is not int or not 0 <= i < depth for i in chosen):
+    raise ConfigError(f'attn_layer_indices: {_shown(chosen)}: expected layers from 0 to {depth - 1}')
+  return ''.join('*' if i in set(chosen) else 'M' for i in range(depth))
 
 
 def _nemotron_h_pattern(fields: _Fields) -> str:
@@ -237,12 +312,9 @@ def _mamba_common(fields: _Fields, symbol: str) -> ModelConfig:
 
 
 def _mamba2(fields: _Fields) -> ModelConfig:
-  limits = fields.get('time_step_limit', [0.0, math.inf])
-  if not isinstance(limits, list | tuple) or len(limits) != 2:
-    raise ConfigError(f'time_step_limit: {_shown(limits)}: expected a lower and an upper limit')
-  _check_dt_floor('time_step_limit', _number('time_step_limit', limits[0]))
-  if _number('time_step_limit', limits[1]) != math.inf:
-    raise ConfigError(f'time_step_limit: {_shown(limits)}: an upper limit of dt is not supported; use Infinity')
+  fields.must('rms_norm', True, True)
+  if fields.values.get('norm_before_gate'):
+    fields.notes.append('norm_before_gate: true has no effect in transformers, which gates first, and none here')
   heads, head_dim = fields.integer('num_heads'), fields.integer('head_dim')
   width, expand = fields.integer('hidden_size'), fields.integer('expand', 2)
   if expand * width != heads * head_dim:
@@ -256,6 +328,7 @@ def _mamba2(fields: _Fields) -> ModelConfig:
     groups=fields.integer('n_groups'),
     state=fields.integer('state_size'),
     conv=fields.integer('conv_kernel'),
+    **_dt_limits(fields),
   )
   return dataclasses.replace(_mamba_common(fields, 'M'), mamba2=mamba2)
 
@@ -278,4 +351,5 @@ FAMILIES: dict[str, Callable[[_Fields], ModelConfig]] = {
   'nemotron_h': _nemotron_h,
   'mamba': _mamba,
   'mamba2': _mamba2,
+  'bamba': _bamba,
 }

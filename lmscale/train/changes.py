@@ -14,16 +14,24 @@ MAY_CHANGE = (
 )  # fmt: skip
 # Of a model whose parameters another one takes over: what is no part of the function, and what may be changed on purpose.
 NO_FUNCTION = ('model.init_std', 'model.pattern', *(name for name in MAY_CHANGE if name.startswith('model.')))
-ON_PURPOSE = ('train.seq_len', 'model.rope_base', 'model.mamba2.dt_min', 'model.mamba2.dt_max')
+ON_PURPOSE = ('train.seq_len', 'model.rope_base', 'model.rope_scaling_', 'model.mamba2.dt_min', 'model.mamba2.dt_max')
 
 
 def changed_function(old: Config, new: Config) -> list[str]:
   """A line for each field that makes equal parameters another function."""
   lines = [] if old.model.layers == new.model.layers else changed(old, new, ('model.pattern',))
-  unused = tuple(f'{section}.' for section, symbol in USES.items() if symbol not in new.model.layers)
-  if 'rope' not in (old.model.positions, new.model.positions):
-    unused = (*unused, 'model.rope_')
-  return lines + changed(old, new, ('model.',), but=(*NO_FUNCTION, *ON_PURPOSE, *unused))
+  return lines + changed(old, new, ('model.',), but=(*NO_FUNCTION, *ON_PURPOSE, *unused_fields(old, new)))
+
+
+def unused_fields(old: Config, new: Config) -> tuple[str, ...]:
+  """Beginnings of the names of fields that have no effect on models of these layers."""
+  unused = [f'{section}.' for section, symbol in USES.items() if symbol not in new.model.layers]
+  positions = (old.model.positions, new.model.positions)
+  if 'rope' not in positions or '*' not in new.model.layers:
+    unused.append('model.rope_')
+  if 'learned' not in positions and '*' not in new.model.layers:
+    unused.append('model.positions')
+  return tuple(unused)
 
 
 def changed(old: Config, new: Config, of: tuple[str, ...] = ('',), but: tuple[str, ...] = ()) -> list[str]:

@@ -158,6 +158,18 @@ class Checkpointer:
     """
     return self._about(step)['user']
 
+  def described(self, step: int, part: str) -> tuple[Index, dict[str, int], dict[str, Any]]:
+    """(index, checksums by canonical name, {path: shape and dtype}) of a top-level entry of checkpoint `step`, such as `params`.
+
+    Raises:
+      DamagedCheckpoint, ConfigError: as `meta`.
+    """
+    about = self._about(step)
+    try:
+      return about['index'], about['checksums'], stored.named({part: self._manager.item_metadata(step).state.tree[part]})
+    except Exception as error:
+      raise DamagedCheckpoint(first_line(error)) from error
+
   def wait(self) -> None:
     """Returns when every save is on disk. Raises ConfigError if one failed."""
     with self._writing():

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -31,11 +32,14 @@ from lmscale.parallel.zero import compute_dtype
 from lmscale.train import stored
 from lmscale.train.changes import ON_PURPOSE, changed, changed_function
 from lmscale.train.checkpoint import Check, Checkpointer, DamagedCheckpoint
-from lmscale.train.streamed import Pending, write_once
+from lmscale.train.streamed import Pending, Rows, write_once
 from lmscale.train.workdir import read_config, write_atomic
 
 TOKENIZER = 'tokenizer'  # the folder in a model's folder with its tokenizer's files
 PARAMS_ONLY = 'params_only'  # in a checkpoint's metadata: it has no optimizer state
+
+
+log = logging.getLogger(__name__)
 
 
 class ModelFolder:
@@ -89,6 +93,23 @@ class ModelFolder:
 
     with Checkpointer(_checkpoints(self.path), read_only=True) as source:
       return source.restore(abstract, index=index, check=take, partial=True, cast=True)[0]
+
+  @contextlib.contextmanager
+  def rows(self) -> Iterator[Rows]:
+    """The parameters of checkpoint `step` as they are stored, to be read one at a time."""
+    with Checkpointer(_checkpoints(self.path), read_only=True) as source:
+      yield Rows(source, self.step)
+
+  def pass_over(self, damage: DamagedCheckpoint) -> None:
+    """Goes to the next older checkpoint, loudly. Raises ConfigError where there is none."""
+    bad = self.path / 'checkpoints' / str(self.step)
+    with Checkpointer(_checkpoints(self.path), read_only=True) as source:
+      for step in [step for step in source.steps()[::-1] if step < self.step]:
+        with contextlib.suppress(DamagedCheckpoint):
+          self._take(step, source.meta(step))
+          log.warning('CHECKPOINT %s IS DAMAGED (%s): going back to an older one', bad, damage)
+          return
+    raise ConfigError(f'checkpoint {bad} is damaged ({damage}), and there is no older one that is whole') from damage
 
   def _take(self, step: int, meta: dict[str, Any]) -> None:
     kept, self.notes = trained_with(meta, self.path, step)

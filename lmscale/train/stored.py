@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmscale.models.stacking import FILLER, Stack, Stacking
 
 Index = dict[str, Stack]
+PIECE = 1 << 22  # numbers looked at at a time
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -177,6 +179,15 @@ def facts(tree: Any, index: Index | None = None) -> dict[str, tuple[int, bool]]:
       rows = zip(canonical_names(path, index), bits.reshape(-1), finite.reshape(-1), strict=True)
       found |= {name: (int(b), bool(f)) for name, b, f in rows if name}
   return found
+
+
+def host_facts(array: np.ndarray) -> tuple[int, bool]:
+  """`facts` of one array in the host's memory; nothing of its size is made beside it."""
+  flat = np.ascontiguousarray(array).reshape(-1)
+  words = flat.view({1: np.uint8, 2: np.uint16}.get(flat.itemsize, np.uint32))
+  total = int(np.sum(words, dtype=np.uint64))  # of 2^32 words at most 2^64
+  finite = all(bool(np.isfinite(flat[i : i + PIECE]).all()) for i in range(0, flat.size, PIECE))
+  return total % 2**32, finite
 
 
 def _whole(leaf: Any) -> NamedSharding | None:

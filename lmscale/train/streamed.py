@@ -1,4 +1,4 @@
-"""A checkpoint of arrays that come one at a time: what is imported need not fit in memory.
+"""A checkpoint written and read one array at a time: what is imported or exported need not fit in memory.
 
 It is written as `checkpoint.Checkpointer` writes one and read by it; nothing else knows the difference.
 """
@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from lmscale.errors import ConfigError
 from lmscale.train import stored
-from lmscale.train.checkpoint import SHOWN, first_line, signed
+from lmscale.train.checkpoint import Checkpointer, DamagedCheckpoint, first_line, signed
 from lmscale.train.stored import Index
 
-Done = Callable[[str, dict[str, tuple[int, bool]]], None]  # of (path, its facts), see `stored`
+Done = Callable[[str, np.ndarray], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +35,16 @@ class Pending:
 
 
 class _PendingHandler(ocp.type_handlers.NumpyHandler):
-  """Writes arrays that are pending one after another; tells `done` of (path, its facts, see `stored`)."""
+  """Writes arrays that are pending one after another; tells `done` of (path, array) before."""
 
-  def __init__(self, index: Index, done: Done):
+  def __init__(self, done: Done):
     super().__init__(deepcopy_host_arrays=False)
-    self._index, self._done = index, done
+    self._done = done
 
   async def serialize(self, values: Sequence[Pending], infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[Any]:
     for value, info, arg in zip(values, infos, args, strict=True):
       array = value.load()
-      path = '/'.join(str(key.key) for key in info.keypath)
-      self._done(path, stored.facts(stored.nested({path: array}), self._index))
+      self._done('/'.join(str(key.key) for key in info.keypath), array)
       for future in await super().serialize([array], [info], [arg]):
         future.result()
     return []
@@ -57,10 +57,12 @@ def write_once(folder: pathlib.Path, step: int, leaves: dict[str, Pending], meta
   """
   checksums: dict[str, int] = {}
 
-  def done(path: str, facts: dict[str, tuple[int, bool]]) -> None:
-    if wrong := [name for name, (_, finite) in facts.items() if not finite]:
-      raise ConfigError(f'{", ".join(wrong[:SHOWN])} holds NaN or infinity')
-    checksums.update({name: checksum for name, (checksum, _) in facts.items()})
+  def done(path: str, array: np.ndarray) -> None:
+    rows = zip(stored.canonical_names(path, index), array if stored.is_stacked(path, index) else [array], strict=True)
+    for name, row in rows:
+      checksums[name], finite = stored.host_facts(row)
+      if not finite:
+        raise ConfigError(f'{name} holds NaN or infinity')
 
   try:
     _write(folder, step, leaves, meta, index, done, checksums)
@@ -73,7 +75,7 @@ def write_once(folder: pathlib.Path, step: int, leaves: dict[str, Pending], meta
 def _write(
   folder: pathlib.Path, step: int, leaves: dict[str, Pending], meta: dict[str, Any], index: Index, done: Done, checksums: dict[str, int]
 ) -> None:
-  registry = ocp.type_handlers.create_type_handler_registry((Pending, _PendingHandler(index, done)))
+  registry = ocp.type_handlers.create_type_handler_registry((Pending, _PendingHandler(done)))
   folder = folder.absolute() / str(step)
   folder.mkdir(parents=True)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as arrays:
@@ -81,3 +83,41 @@ def _write(
   about = signed(step, meta, index, checksums)
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as texts:
     texts.save(folder / 'meta', args=ocp.args.JsonSave(about))
+
+
+class Rows:
+  """The parameters of a checkpoint, one layer's at a time, by their canonical names without `params/`: `layers/3/q_kernel`.
+
+  shapes, dtypes: {name: ...}. Nothing but the rows that are read is in memory.
+
+  Raises:
+    DamagedCheckpoint: here or in `read`, where it is not what was written.
+  """
+
+  def __init__(self, checkpoints: Checkpointer, step: int):
+    self._folder = checkpoints.folder / str(step) / 'state'
+    index, self._checksums, found = checkpoints.described(step, 'params')
+    self._places: dict[str, tuple[str, int | None]] = {}
+    self.shapes, self.dtypes = {}, {}
+    for path, leaf in found.items():
+      stacked = stored.is_stacked(path, index)
+      for row, name in enumerate(stored.canonical_names(path, index)):
+        if short := name.removeprefix('params/'):
+          self._places[short] = (path, row if stacked else None)
+          self.shapes[short], self.dtypes[short] = tuple(leaf.shape)[stacked:], np.dtype(leaf.dtype)
+
+  def read(self, name: str) -> np.ndarray:
+    """The parameter, after its checksum was compared."""
+    path, row = self._places[name]
+    at = {'driver': 'ocdbt', 'base': f'file://{self._folder}/', 'path': path.replace('/', '.') + '/'}
+    try:
+      array = tensorstore.open({'driver': 'auto', 'kvstore': at}, open=True, read=True).result()
+      value = np.asarray((array if row is None else array[row]).read().result())
+      checksum, finite = stored.host_facts(value)
+    except Exception as error:
+      raise DamagedCheckpoint(first_line(error)) from error
+    if self._checksums.get(f'params/{name}') != checksum:
+      raise DamagedCheckpoint(f'checksum of {name} differs')
+    if not finite:
+      raise DamagedCheckpoint(f'{name} holds NaN or infinity')
+    return value

@@ -47,11 +47,14 @@ def test_config_dict_is_locked_and_typed():
     values.train.steps = 64.0
 
 
+SCALING = {'positions': 'rope', 'rope_scaling_factor': 8.0, 'rope_scaling_low': 1.0, 'rope_scaling_high': 4.0, 'rope_scaling_length': 8192}
+
+
 def test_a_config_is_small():
   def count(section: type) -> int:
     return sum(count(t) if dataclasses.is_dataclass(t) else 1 for t in config_lib.field_types(section).values())
 
-  assert count(Config) < 90
+  assert count(Config) < 100
 
 
 @pytest.mark.parametrize(
@@ -135,6 +138,9 @@ def test_unknown_fields_name_the_nearest(path, nearest):
     ({'model': {'mlp': {'activation': 'silu'}}}, 'model.mlp.activation', 'swiglu'),
     ({'model': {'positions': 'learned', 'max_positions': 255}}, 'model.max_positions', '255'),
     ({'model': {'max_positions': 256}}, 'model.max_positions', 'only used with'),
+    ({'model': {'positions': 'rope', 'rope_scaling_factor': 8.0}}, 'model.rope_scaling_low, model.rope_scaling_high, model.rope_scaling_length', 'set all four or none'),
+    ({'model': {**SCALING, 'positions': 'none'}}, 'model.rope_scaling_factor', 'only used with model.positions=rope'),
+    ({'model': {**SCALING, 'rope_scaling_low': 4.0}}, 'model.rope_scaling_high', '4 is not above model.rope_scaling_low 4'),
     (
       {'model': {'positions': 'learned', 'max_positions': 256}, 'loop': {'sample_every': 9, 'sample_tokens': 253}},
       'loop.sample_tokens',

@@ -19,7 +19,7 @@ from lmscale.models.context import Context, plain_context
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
-RECURRENT = [name for name in NAMES if 'mamba' in name or 'nemotron_h' in name]
+RECURRENT = [name for name in NAMES if 'mamba' in name or 'bamba' in name or 'nemotron_h' in name]
 TOLERANCE = 1e-4  # maximum absolute difference of logits whose standard deviation is 0.75
 
 
@@ -59,7 +59,7 @@ def difference(ours: jax.Array, theirs: np.ndarray, what: str) -> float:
 
 def test_every_family_has_a_golden():
   kinds = {config_values(name)['model_type'] for name in NAMES}
-  assert kinds == {'nemotron', 'nemotron_h', 'mamba', 'mamba2', 'llama'}
+  assert kinds == {'nemotron', 'nemotron_h', 'mamba', 'mamba2', 'llama', 'bamba'}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -67,6 +67,30 @@ def test_logits_equal(name):
   config, params = huggingface.load(GOLDENS / name)
   tokens, logits = expected(name)
   assert difference(run(config, params, tokens, plain_context(tokens)), logits, name) <= TOLERANCE
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_greedy_generation_agrees(name):
+  config, params = huggingface.load(GOLDENS / name)
+  want = load_file(GOLDENS / name / 'io.safetensors')['greedy']
+  tokens, steps = expected(name)[0].copy(), want.shape[1]
+  for at in range(tokens.shape[1] - steps, tokens.shape[1]):  # one program for all lengths: later tokens do not matter
+    tokens[:, at] = np.argmax(run(config, params, tokens, plain_context(tokens))[:, at - 1], axis=-1)
+  np.testing.assert_array_equal(tokens[:, -steps:], want)
+
+
+@pytest.mark.parametrize(
+  ('name', 'off'),
+  [
+    ('llama_scaled', {f'rope_scaling_{part}': 0 for part in ('factor', 'low', 'high', 'length')}),
+    ('bamba', {'rope_fraction': 1.0}),
+  ],
+)
+def test_what_the_positions_say_matters(name, off):
+  config, params = huggingface.load(GOLDENS / name)
+  tokens, logits = expected(name)
+  ours = run(dataclasses.replace(config, **off), params, tokens, plain_context(tokens))
+  assert difference(ours, logits, name) > 50 * TOLERANCE
 
 
 @pytest.mark.parametrize('chunk', [5, 16])

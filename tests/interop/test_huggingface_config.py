@@ -6,7 +6,7 @@ import pytest
 
 from lmscale.config import ModelConfig
 from lmscale.errors import ConfigError
-from lmscale.interop.huggingface_config import read_config
+from lmscale.interop.huggingface_config import read_config, read_config_with_notes
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
@@ -84,27 +84,36 @@ def test_spellings_of_no_dt_limit(limit):
     ('llama', {'num_key_value_heads': 4}, 'kv_heads: 4 does not divide model.attention.heads 6'),
     ('llama', {'hidden_act': 'relu2'}, "hidden_act: 'relu2' is not supported"),
     ('llama', {'attention_bias': True}, 'mlp_bias: False, but attention_bias is True'),
-    ('llama', {'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5}}, "rope_parameters.rope_type: 'llama3'"),
+    ('llama', {'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5}}, 'factor: missing'),
+    ('llama', {'rope_parameters': {'rope_type': 'yarn', 'factor': 4.0}}, "rope_parameters.rope_type: 'yarn' is not supported"),
     ('llama', {'rope_scaling': {'type': 'linear', 'factor': 2}}, "rope_scaling.rope_type: 'linear'"),
     ('llama', {'rope_parameters': {'full': {'rope_theta': 1e4}}}, 'rope_parameters: '),
     ('llama', {'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor: 0.5: Llama rotates'),
     ('nemotron', {'sliding_window': 128}, 'sliding_window: 128 is not supported'),
     ('nemotron', {'hidden_act': 'silu'}, "hidden_act: 'silu' is not supported"),
     ('nemotron_h', {'use_bias': True}, 'use_bias: True is not supported'),
-    ('nemotron_h', {'mlp_bias': True}, 'mlp_bias: True is not supported'),
+    ('nemotron_h', {'mlp_bias': True}, 'mlp_bias: True, but attention_bias is False'),
     ('nemotron_h', {'mlp_hidden_act': 'silu'}, "mlp_hidden_act: 'silu' is not supported; supported: relu2"),
     ('nemotron_h', {'mamba_hidden_act': 'gelu'}, "mamba_hidden_act: 'gelu' is not supported"),
     ('nemotron_h', {'layers_block_type': ['mlp', 'moe']}, "layers_block_type: 'moe' is not supported"),
     ('nemotron_h', {'layers_block_type': None, 'hybrid_override_pattern': 'ME'}, "hybrid_override_pattern: 'ME'"),
     ('nemotron_h', {'num_nextn_predict_layers': 1}, 'num_nextn_predict_layers: 1'),
     ('nemotron_h', {'sliding_window': 128}, 'sliding_window: 128'),
-    ('nemotron_h', {'time_step_min': 0.001}, 'time_step_min: transformers raises every dt below 0.001'),
-    ('nemotron_h', {'time_step_min': None}, 'time_step_min: transformers raises every dt below 0.001'),
     ('mamba2', {'n_groups': 4}, 'groups: 4 does not divide model.mamba2.heads 6'),
     ('mamba2', {'num_heads': 3}, r'expand: 2 \* hidden_size 27 = 54, but num_heads 3 \* head_dim 9 = 27'),
-    ('mamba2', {'time_step_limit': [0.01, math.inf]}, 'time_step_limit: transformers raises every dt below 0.01'),
-    ('mamba2', {'time_step_limit': [0.0, 0.1]}, 'time_step_limit: .* upper limit'),
-    ('mamba2', {'time_step_limit': [0.0, -math.inf]}, 'time_step_limit: .* upper limit'),
+    ('mamba2', {'time_step_limit': [0.2, 0.1]}, 'time_step_limit: .* lower limit < upper limit'),
+    ('mamba2', {'time_step_limit': [0.0, 0.0]}, 'time_step_limit: .* lower limit < upper limit'),
+    ('mamba2', {'time_step_limit': [-1.0, 1.0]}, 'time_step_limit: .* 0 <= lower limit'),
+    ('mamba2', {'time_step_limit': [0.0, -math.inf]}, 'time_step_limit: .* lower limit < upper limit'),
+    ('mamba2', {'time_step_limit': [0.1]}, 'time_step_limit: .*expected a lower and an upper limit'),
+    ('mamba2', {'rms_norm': False}, 'rms_norm: False is not supported'),
+    ('bamba', {'mamba_proj_bias': True}, 'mamba_proj_bias: True is not supported'),
+    ('bamba', {'mamba_conv_bias': False}, 'mamba_conv_bias: False is not supported'),
+    ('bamba', {'mamba_d_head': 9}, r'mamba_d_head: mamba_n_heads 6 \* 9 = 54, but mamba_expand \* hidden_size = 48'),
+    ('bamba', {'attn_layer_indices': [3]}, r'attn_layer_indices: \[3\]: expected layers from 0 to 2'),
+    ('bamba', {'attn_layer_indices': 'x'}, "attn_layer_indices: 'x': expected layers"),
+    ('bamba', {'attn_rotary_emb': 8}, 'attn_rotary_emb: 8 is not supported'),
+    ('bamba', {'hidden_act': 'relu2'}, "hidden_act: 'relu2' is not supported"),
     ('mamba2', {'use_conv_bias': False}, 'use_conv_bias: False is not supported'),
     ('mamba', {'hidden_act': 'relu'}, "hidden_act: 'relu' is not supported"),
     ('mamba', {'time_step_rank': 0}, 'time_step_rank: 0 is not an integer'),
@@ -115,6 +124,51 @@ def test_what_is_refused(name, change, message):
   with pytest.raises(ConfigError, match=f'^(model.attention.|model.mamba2.)?{message}') as error:
     read_config(config_values(name) | change)
   assert '\n' not in str(error.value)
+
+
+def test_scaled_rotary_positions_in_every_spelling():
+  values = config_values('llama_scaled')
+  today = read_config(values)
+  assert (today.rope_scaling_factor, today.rope_scaling_low, today.rope_scaling_high, today.rope_scaling_length) == (8.0, 1.0, 4.0, 24)
+  rope = values.pop('rope_parameters')
+  values |= {'rope_theta': rope.pop('rope_theta'), 'rope_scaling': rope}
+  assert read_config(values) == today
+  length = rope.pop('original_max_position_embeddings')
+  assert read_config(values | {'original_max_position_embeddings': length}) == today
+  assert read_config(values | {'max_position_embeddings': length}) == today
+
+
+def test_bamba_rotates_half_of_each_head_whatever_stands_beside_rope_parameters():
+  values = config_values('bamba')
+  today = read_config(values)
+  assert (today.pattern, today.rope_fraction, today.mlp.activation, today.bias) == ('M-*-M-', 0.5, 'swiglu', False)
+  del values['rope_parameters']['partial_rotary_factor']
+  assert read_config(values) == read_config(values | {'partial_rotary_factor': 1.0}) == today
+  assert read_config(values | {'attn_rotary_emb': 4, 'mamba_d_head': 'auto'}) == today
+
+
+@pytest.mark.parametrize(('name', 'limits'), [('mamba2', (0.0, 0.0)), ('mamba2_limits', (0.06, 0.3)), ('bamba_limits', (0.06, 0.3))])
+def test_limits_of_dt(name, limits):
+  found = read_config(config_values(name)).mamba2
+  assert (found.dt_min, found.dt_max) == limits
+
+
+@pytest.mark.parametrize('floor', [{'time_step_min': 0.001}, {'time_step_min': None}, {'time_step_min': None, 'mamba_dt_min': 0.001}])
+def test_nemotron_h_says_its_lower_limit_twice(floor):
+  values = {name: value for name, value in config_values('nemotron_h').items() if name != 'time_step_min'}
+  values |= {name: value for name, value in floor.items() if value is not None}
+  found, notes = read_config_with_notes(values)
+  assert (found.mamba2.dt_min, found.mamba2.dt_max) == (0.0, 0.0)
+  assert len(notes) == 1 and notes[0].startswith('time_step_min: ') and notes[0].endswith('--dt_min=0.001 follows the plain one')
+  followed, notes = read_config_with_notes(values, dt_min=0.001)
+  assert followed.mamba2.dt_min == 0.001 and notes == []
+  agreed, notes = read_config_with_notes(values | {'time_step_limit': [0.001, math.inf]})
+  assert agreed.mamba2.dt_min == 0.001 and notes == []
+
+
+def test_a_lower_limit_needs_a_layer_for_it():
+  with pytest.raises(ConfigError, match='--dt_min: the model has no Mamba-2 layer'):
+    read_config_with_notes(config_values('llama'), dt_min=0.001)
 
 
 @pytest.mark.parametrize('name', NAMES)

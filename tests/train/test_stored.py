@@ -265,3 +265,12 @@ def test_facts_are_on_every_device(monkeypatch):
 def test_index_round_trip():
   index = form(mesh_of(1, 1), 'runs')[1]
   assert stored.from_json(json.loads(json.dumps(stored.to_json(index)))) == index
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float16, jnp.bfloat16, np.float64, np.int32, np.int8])
+def test_facts_on_the_host_are_those_on_the_device(dtype, monkeypatch):
+  monkeypatch.setattr(stored, 'PIECE', 7)
+  values = (100 * np.random.default_rng(0).normal(size=(3, 11))).astype(dtype)
+  with jax.enable_x64(True):
+    for array in (values, values.T, np.where(values > 120, np.array(np.inf, dtype), values) if np.dtype(dtype).kind == 'f' else values):
+      assert stored.host_facts(array) == stored.facts({'x': array})['x']

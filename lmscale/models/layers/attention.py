@@ -1,6 +1,7 @@
 """Causal softmax attention: MHA, GQA or MQA; RoPE on a fraction of each head, or no positions."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -30,8 +31,7 @@ class Attention(Layer):
     k_BTGP = k.reshape(b, t, c.kv_heads, c.head_dim)
     v_BTGP = v.reshape(b, t, c.kv_heads, c.head_dim)
     if config.positions == 'rope':
-      q_BTHP = rope(q_BTHP, ctx.positions, config.rope_fraction, config.rope_base)
-      k_BTGP = rope(k_BTGP, ctx.positions, config.rope_fraction, config.rope_base)
+      q_BTHP, k_BTGP = rope(config, q_BTHP, ctx.positions), rope(config, k_BTGP, ctx.positions)
     where = {'segments': (ctx.segment_ids, TOKENS)}
     if cache is not None:
       length = cache['k'].shape[1]
@@ -59,16 +59,31 @@ class Attention(Layer):
     return projections + (core // 2 if causal else core)
 
 
-def rope(x_BTHP: jax.Array, positions_BT: jax.Array, fraction: float, base: float) -> jax.Array:
-  """Rotary positions (arXiv 2104.09864) on the first `fraction` of each head, halves rotated against each other."""
-  rotary = int(x_BTHP.shape[-1] * fraction)
+def rope(config: ModelConfig, x_BTHP: jax.Array, positions_BT: jax.Array) -> jax.Array:
+  """Rotary positions (arXiv 2104.09864) on the first `rope_fraction` of each head, halves rotated against each other."""
+  rotary = int(x_BTHP.shape[-1] * config.rope_fraction)
   acc = accumulator(x_BTHP.dtype)
-  inverse = base ** (-jnp.arange(0, rotary, 2, dtype=acc) / rotary)
-  angle = positions_BT[..., None, None].astype(acc) * inverse
+  angle = positions_BT[..., None, None].astype(acc) * rope_frequencies(config, rotary, acc)
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   first, second, rest = jnp.split(x_BTHP.astype(acc), [rotary // 2, rotary], axis=-1)
   rotated = [first * cos - second * sin, second * cos + first * sin, rest]
   return jnp.concatenate(rotated, axis=-1).astype(x_BTHP.dtype)
+
+
+def rope_frequencies(config: ModelConfig, rotary: int, dtype: Any) -> jax.Array:
+  """Radians per position [rotary / 2]: base^(-2i/rotary), scaled as Llama 3.1 does (arXiv 2407.21783, section 3.2) where
+  `rope_scaling_factor` is set.
+
+  A rotation of wavelength w makes n = rope_scaling_length / w turns over the positions that were trained. Below `low` turns it is
+  slowed by the factor, above `high` kept, and in between mixed by (n - low) / (high - low).
+  """
+  inverse = config.rope_base ** (-jnp.arange(0, rotary, 2, dtype=dtype) / rotary)
+  if not config.rope_scaling_factor:
+    return inverse
+  low, high = config.rope_scaling_low, config.rope_scaling_high
+  turns = config.rope_scaling_length * inverse / (2 * math.pi)
+  kept = jnp.clip((turns - low) / (high - low), 0, 1)
+  return inverse * (kept + (1 - kept) / config.rope_scaling_factor)
 
 
 def cache_places(ctx: Context, t: int, length: int) -> jax.Array:
