@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Any
 
 from lmscale.config import Config
 from lmscale.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
@@ -105,9 +106,17 @@ def _token(path: pathlib.Path, index: int) -> str:
 def _is_bytes(path: pathlib.Path) -> bool:
   """Whether this is the file that `write` makes for `bytes`: its ids are those of the byte tokenizer."""
   try:
-    return json.loads(path.read_text(encoding='utf-8')) == json.loads(_byte_json())
-  except (ValueError, RecursionError):
+    return _essence(json.loads(path.read_text(encoding='utf-8'))) == _essence(json.loads(_byte_json()))
+  except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
     return False
+
+
+def _essence(content: dict[str, Any]) -> list[Any]:
+  """What the ids of a text depend on; a library that saves the file again adds other things."""
+  model = content['model']
+  return [content[part] for part in ('added_tokens', 'normalizer', 'pre_tokenizer', 'decoder')] + [
+    model[part] for part in ('type', 'vocab', 'merges', 'dropout', 'unk_token')
+  ]
 
 
 def _byte_json() -> str:
