@@ -16,7 +16,7 @@ os.environ.setdefault('XLA_FLAGS', QUICK)
 import jax
 
 jax.config.update('jax_num_cpu_devices', 8)
-jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(__file__).parent.parent / '.cache' / 'jax'))
+jax.config.update('jax_compilation_cache_dir', os.environ.get('TEST_JAX_CACHE') or str(pathlib.Path(__file__).parent.parent / '.cache' / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 MOST = 1.5e9  # bytes of a test process, above which it lets compiled programs go

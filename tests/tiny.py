@@ -1,6 +1,7 @@
 """Tiny configs and random batches shared by the tests."""
 
 import dataclasses
+import zlib
 from typing import Any
 
 import numpy as np
@@ -75,3 +76,40 @@ def worst(tree: Any, reference: Any) -> tuple[float, str]:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     found.append((float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)), jax.tree_util.keystr(path)))
   return max(found)
+
+
+def state(program: Any, seed: int = 0) -> Any:
+  """A training state with random parameters, equal for every mesh and stacking. (What `program.init` does takes seconds to compile.)"""
+  import jax
+
+  from lmscale.train.stored import canonical_names, is_stacked, named, nested
+
+  def leaf(path: str, like: Any) -> Any:
+    if not path.startswith('params/'):
+      return jax.device_put(np.full(like.shape, -1 if path == 'norms' else 0, like.dtype), like.sharding)
+    stacked = is_stacked(path, program.index)
+    shape = like.shape[stacked:]
+    rows = [_values(program.config.model, name, shape, seed) if name else np.zeros(shape) for name in canonical_names(path, program.index)]
+    return jax.device_put((np.stack(rows) if stacked else rows[0]).astype(like.dtype), like.sharding)
+
+  return program.from_stored(nested({path: leaf(path, like) for path, like in named(program.abstract_stored()).items()}))
+
+
+def _values(model: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+  """float32, of the size that the parameter of this canonical name has at the start of a run."""
+  random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+  last = name.rpartition('/')[2]
+  normal = random.normal(size=shape)
+  if last == 'A_log':
+    values = np.log(random.uniform(1, 16, shape))
+  elif last == 'dt_bias':
+    values = np.log(np.expm1(np.exp(random.uniform(np.log(1e-3), np.log(1e-1), shape))))
+  elif last == 'D' or last.endswith('scale'):
+    values = 1 + 0.1 * normal
+  elif last.endswith('bias'):
+    values = 0.1 * normal
+  elif last.startswith('conv'):
+    values = random.uniform(-0.5, 0.5, shape)
+  else:
+    values = model.init_std * normal / (np.sqrt(len(model.layers)) if last in ('out_kernel', 'down_kernel') else 1)
+  return values.astype(np.float32)

@@ -4,6 +4,7 @@ from lmscale.config import Config
 from lmscale.models import stack
 from lmscale.models.flops import head_flops, layer_flops
 from lmscale.models.layers import LAYERS
+from lmscale.parallel.pipeline.layout import done_again
 
 
 def executed_flops(config: Config, causal: bool = True) -> int:
@@ -14,14 +15,15 @@ def executed_flops(config: Config, causal: bool = True) -> int:
 def layer_executed_flops(config: Config, causal: bool = True) -> list[int]:
   """The same of each layer, in canonical order.
 
-  A backward pass computes again, under `full`, the layer's forward pass, under `selective` convolutions and scans.
-  (Attention's scores, which its kernels make again under every policy, are not counted.)
+  A backward pass computes again, under `full`, the layer's forward pass, under `selective` (and of the microbatches that
+  train.stored_microbatches stores) convolutions and scans. (Attention's scores, which its kernels make again under every policy,
+  are not counted.)
   """
   model = config.model
-  again = {kind: _kept(config, kind, causal) for kind in set(model.layers)} if config.train.remat == 'selective' else {}
-  times = 3 if config.train.remat == 'none' else 4
+  kept = {kind: _kept(config, kind, causal) for kind in set(model.layers)} if config.train.remat != 'none' else {}
+  times, stored = 3 if config.train.remat == 'none' else 4, 1 - done_again(config)
   forward = layer_flops(model, config.train.seq_len, causal)
-  return [times * flops - again.get(kind, 0) for kind, flops in zip(model.layers, forward, strict=True)]
+  return [times * flops - round(stored * kept.get(kind, 0)) for kind, flops in zip(model.layers, forward, strict=True)]
 
 
 def _kept(config: Config, kind: str, causal: bool) -> int:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from lmscale.config import Config
+from lmscale.config import Config, MeshConfig
 from lmscale.models.flops import head_flops
 from lmscale.models.stacking import make_stacking
 from lmscale.parallel.layout import LeafLayout, make_layout
@@ -18,11 +18,17 @@ from lmscale.plan.bounds import axis_link, parameter_traffic
 from lmscale.plan.executed import layer_executed_flops
 from lmscale.plan.hardware import Hardware
 from lmscale.plan.memory import BYTES, leaf_widths, local_elements, state_bytes
-from lmscale.plan.traffic import embedding_messages, head_messages, layer_messages, parameter_messages
+from lmscale.plan.traffic import (
+  embedding_messages,
+  head_messages,
+  layer_messages,
+  parameter_messages,
+  vocabulary_messages,
+)
 
 
 class Rough:
-  """Estimates for the layouts of one config: its mesh, train.microbatch and train.remat may differ. efficiency: of the peak."""
+  """Estimates for the layouts of one config: its mesh, train.microbatch, remat and stored_microbatches may differ. efficiency: of the peak."""
 
   def __init__(self, config: Config, hardware: Hardware, efficiency: float):
     self._config, self._hardware, self._rate = config, hardware, hardware.peak * efficiency
@@ -39,18 +45,22 @@ class Rough:
     count, rows = microbatches(config), train.microbatch
     turns = count * mesh.virtual + mesh.pipe - 1  # of the dearest stage
     tokens = rows * train.seq_len
-    seconds = turns * tokens * self._dearest(mesh.pipe * mesh.virtual, train.remat) / mesh.tensor / self._rate
+    stages, stored = mesh.pipe * mesh.virtual, train.stored_microbatches / self.slots(config)
+    dearest = (1 - stored) * self._dearest(stages, train.remat, mesh.vocab_on_pipe)
+    dearest += stored * self._dearest(stages, 'selective', mesh.vocab_on_pipe)
+    seconds = turns * tokens * dearest / mesh.tensor / self._rate
     parameters = self._parameters(mesh.tensor, mesh.data, mesh.zero, count, train.remat == 'full')
-    seconds += _share(parameters['traffic'], mesh.pipe) / self._hardware.hbm
+    seconds += _share(parameters['traffic'], mesh) / self._hardware.hbm
     if mesh.tensor > 1:
       layers, ends = self._stream(mesh.tensor, mesh.sequence_parallel, train.remat, mesh.pipe > 1)
       sent = (layers / mesh.pipe + ends) * rows * turns / mesh.virtual
       seconds += sent / axis_link(config, self._hardware, 'tensor')
     if mesh.data > 1:
-      seconds += _share(parameters['sent'], mesh.pipe) / axis_link(config, self._hardware, 'data')
+      seconds += _share(parameters['sent'], mesh) / axis_link(config, self._hardware, 'data')
     if mesh.pipe > 1:
       ticks = count * mesh.virtual + (mesh.virtual + 1) * mesh.pipe - 2
-      seconds += 2 * ticks * rows * self._width(config) / axis_link(config, self._hardware, 'pipe')
+      sent = 2 * ticks * rows * self._width(config) + sum(message.bytes for message in vocabulary_messages(config))
+      seconds += sent / axis_link(config, self._hardware, 'pipe')
     return seconds
 
   def bytes(self, config: Config) -> float:
@@ -59,8 +69,8 @@ class Rough:
     count, rows = microbatches(config), train.microbatch
     parameters = self._parameters(mesh.tensor, mesh.data, mesh.zero, count, train.remat == 'full')
     if mesh.pipe > 1:  # in a ring of what a stage's layers save, for each microbatch in flight, or where it is made again for one
-      slots = min(count * mesh.virtual, (mesh.virtual + 1) * mesh.pipe - 1)
-      rows_held = 2 if train.remat == 'full' else slots + 1
+      slots = self.slots(config)
+      rows_held = min(train.stored_microbatches + 2, slots + 1) if train.remat == 'full' else slots + 1
       saved = 'none' if train.remat == 'none' else 'selective'
       ring = self._kept(mesh.tensor, mesh.sequence_parallel, saved) / (mesh.pipe * mesh.virtual)
       held = rows_held * ring + (slots + rows_held) * self._width(config)
@@ -68,19 +78,30 @@ class Rough:
       held = self._width(config) * len(self._config.model.layers)
     else:
       held = self._kept(mesh.tensor, mesh.sequence_parallel, train.remat)
-    return _share(parameters['state'], mesh.pipe) + rows * held
+    return _share(parameters['state'], mesh) + rows * held
+
+  def stored(self, config: Config, usable: float) -> int:
+    """How many of the microbatches in flight `usable` bytes have room for what their layers save, under train.remat `full`."""
+    one = dataclasses.replace(config, train=dataclasses.replace(config.train, stored_microbatches=1))
+    none, each = self.bytes(config), self.bytes(one) - self.bytes(config)
+    return max(0, min(int((usable - none) / each), self.slots(config) - 1)) if each > 0 else 0
+
+  def slots(self, config: Config) -> int:
+    """Microbatches in flight on the first device of a pipeline."""
+    mesh = config.mesh
+    return min(microbatches(config) * mesh.virtual, (mesh.virtual + 1) * mesh.pipe - 1)
 
   def _width(self, config: Config) -> float:
     """Bytes of one sequence of the residual stream."""
     cut = config.mesh.tensor if config.mesh.sequence_parallel else 1
     return config.train.seq_len * config.model.d_model * BYTES[config.train.compute_dtype] / cut
 
-  def _of_dearest(self, stages: int, remat: str) -> int:
+  def _of_dearest(self, stages: int, remat: str, vocab_on_pipe: bool) -> float:
     """FLOPs per token of the dearest of `stages` stages."""
-    costs = layer_executed_flops(self._changed(train={'remat': remat}))
-    costs[-1] += 3 * head_flops(self._config.model)
+    costs, head = layer_executed_flops(self._changed({'pipe': 1}, {'remat': remat})), 3 * head_flops(self._config.model)
+    costs[-1] += 0 if vocab_on_pipe else head
     each = iter(costs)
-    return max(sum(itertools.islice(each, size)) for size in balance(costs, stages))
+    return max(sum(itertools.islice(each, size)) for size in balance(costs, stages)) + (head / stages if vocab_on_pipe else 0)
 
   def _of_stream(self, tensor: int, sequence_parallel: bool, remat: str, pipeline: bool) -> tuple[float, float]:
     """Bytes received over `tensor` for one sequence: (by all layers, by embedding and head)."""
@@ -113,9 +134,9 @@ class Rough:
     return dataclasses.replace(self._config, **changed)
 
 
-def _share(parts: tuple[float, float], pipe: int) -> float:
-  """Of one device: its part of the layers, and what all stages have."""
-  return parts[0] / pipe + parts[1]
+def _share(parts: tuple[float, float], mesh: MeshConfig) -> float:
+  """Of one device: its part of the layers, and what all stages have or share."""
+  return parts[0] / mesh.pipe + parts[1] / (mesh.pipe if mesh.vocab_on_pipe else 1)
 
 
 def _sum(of: Callable[[LeafLayout], float], leaves: list[tuple[LeafLayout, int]]) -> float:

@@ -28,7 +28,7 @@ VIRTUAL = (1, 2, 3, 4, 6, 8)
 MOST_MICROBATCH = 16
 FIELDS = {
   'mesh': ('pipe', 'data', 'tensor', 'zero', 'sequence_parallel', 'schedule', 'virtual', 'vocab_on_pipe'),
-  'train': ('microbatch', 'remat'),
+  'train': ('microbatch', 'remat', 'stored_microbatches'),
 }
 
 
@@ -50,6 +50,7 @@ def suggest(config: Config, hardware: Hardware, devices: int) -> list[dict[str, 
   if not possible:
     raise ConfigError(_none_possible(config, devices))
   small = [layout for layout in possible if rough.bytes(layout) < 1.1 * usable]
+  small += [storing for layout in small if (storing := _storing(layout, rough.stored(layout, usable)))]
   ranked = sorted(small, key=rough.seconds)
   best: dict[Any, dict[str, Any]] = {}
   for layout in ranked[:TRIED]:
@@ -102,10 +103,11 @@ def layouts(config: Config, devices: int) -> Iterator[Config]:
     if devices % (tensor * pipe):
       continue
     data = devices // (tensor * pipe)
-    for virtual, power in itertools.product(VIRTUAL if pipe > 1 else (1,), range(MOST_MICROBATCH.bit_length())):
+    cuts = [(virtual, vocab) for virtual in VIRTUAL for vocab in (False, True)] if pipe > 1 else [(1, False)]
+    for (virtual, vocab), power in itertools.product(cuts, range(MOST_MICROBATCH.bit_length())):
       mesh = {'pipe': pipe, 'data': data, 'tensor': tensor, 'virtual': virtual, 'sequence_parallel': False}
-      mesh |= {'schedule': 'interleaved' if virtual > 1 else '1f1b', 'vocab_on_pipe': config.mesh.vocab_on_pipe and pipe > 1}
-      plain = _changed(config, mesh, {'microbatch': 2**power})
+      mesh |= {'schedule': 'interleaved' if virtual > 1 else '1f1b', 'vocab_on_pipe': vocab}
+      plain = _changed(config, mesh, {'microbatch': 2**power, 'stored_microbatches': 0})
       if not _allowed(plain):
         continue
       cut = _changed(plain, {'sequence_parallel': True})
@@ -118,6 +120,13 @@ def layouts(config: Config, devices: int) -> Iterator[Config]:
 def _changed(config: Config, mesh: dict[str, Any], train: dict[str, Any] | None = None) -> Config:
   mesh_config, train_config = dataclasses.replace(config.mesh, **mesh), dataclasses.replace(config.train, **(train or {}))
   return dataclasses.replace(config, mesh=mesh_config, train=train_config)
+
+
+def _storing(layout: Config, microbatches: int) -> Config | None:
+  """The same layout, with so many of the microbatches in flight stored; None where that is no other."""
+  if not microbatches or layout.mesh.pipe == 1 or layout.train.remat != 'full':
+    return None
+  return _changed(layout, {}, {'stored_microbatches': microbatches})
 
 
 def _allowed(config: Config) -> bool:

@@ -39,7 +39,7 @@ def step_traffic(config: Config) -> dict[str, dict[str, float]]:
   if mesh.data > 1:
     sent['data'] = _sums([message for leaf in parameters for message in parameter_messages(config, leaf)])
   if mesh.pipe > 1:
-    sent['pipe'] = _sums([_ticks(config), *_vocabulary(config), *(_outer(config, leaf) for leaf in parameters if not leaf.on_pipe)])
+    sent['pipe'] = _sums([_ticks(config), *vocabulary_messages(config), *(_outer(config, leaf) for leaf in parameters if not leaf.on_pipe)])
   return sent
 
 
@@ -137,7 +137,7 @@ def _outer(config: Config, leaf: LeafLayout) -> Message:
   return _message(config.mesh.pipe, 'all-reduce', size)
 
 
-def _vocabulary(config: Config) -> list[Message]:
+def vocabulary_messages(config: Config) -> list[Message]:
   """With the vocabulary on `pipe`: what the first stage takes in and the last gives, and their gradients, on all devices.
 
   The embedding's output (again where it is recomputed) and the gradient of the head's input are sums in float32.

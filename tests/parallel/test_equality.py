@@ -52,7 +52,7 @@ def _start(name, dtype):
   config = tiny.config(model=MODELS[name], compute_dtype=dtype)
   with jax.enable_x64(dtype == 'float64'):
     program = Program(config, jax.devices()[:1])
-    return jax.tree.map(np.asarray, program.init().params)
+    return jax.tree.map(np.asarray, tiny.state(program).params)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ from lmscale.parallel.gradients import make_gradients
 from lmscale.parallel.layout import map_layout
 from lmscale.parallel.mesh import MANUAL
 from lmscale.parallel.pipeline.executor import run_pipeline
-from lmscale.plan.collectives import read_collectives
+from lmscale.plan.collectives import count_runs, read_collectives, split_computations
 from lmscale.train.program import Program
 from lmscale.train.schedule import StepInputs
 
@@ -90,13 +91,32 @@ def _batches(program):
 
 
 @functools.cache
-def _reference(pattern, tied, dtype):
-  """{rows: (loss, count, gradients in canonical order)} of one device, and the parameters in canonical order."""
-  config = tiny.config(model=_model({'pattern': pattern, 'tied': tied}, dtype), compute_dtype=dtype, microbatch=16)
-  program = Program(config, jax.devices()[:1])
-  gradients = jax.jit(make_gradients(program.setup, _loss(program)))
-  params = program.init().params
+def _untied_reference(pattern, dtype, tied):
+  """{rows: (loss, count, gradients in canonical order)} of one device. tied: the head's matrix is that of the embedding, transposed."""
+  program, gradients = _one_device(pattern, dtype)
+  params = tiny.state(program).params
+  if tied:
+    params['head']['kernel'] = params['embed']['tokens'].T
   return {name: _host(program, *gradients(params, batch)) for name, batch in _batches(program).items()}
+
+
+@functools.cache
+def _one_device(pattern, dtype):
+  config = tiny.config(model=_model({'pattern': pattern, 'tied': False}, dtype), compute_dtype=dtype, microbatch=16, remat='none')
+  program = Program(config, jax.devices()[:1])
+  return program, jax.jit(make_gradients(program.setup, _loss(program)))
+
+
+def _reference(pattern, tied, dtype):
+  """The same; the gradient of a matrix that is used twice is the sum of both."""
+  found = {}
+  for rows, (loss, count, grads) in _untied_reference(pattern, dtype, tied).items():
+    if tied:
+      head = grads['head']['kernel']
+      grads = {part: leaves for part, leaves in grads.items() if part != 'head'}
+      grads['embed'] = {'tokens': grads['embed']['tokens'] + head.T}
+    found[rows] = loss, count, grads
+  return found
 
 
 def _loss(program):
@@ -122,7 +142,7 @@ def test_pipeline_equals_one_device(digits, dtype, bound):
   case = _case(digits)
   with jax.enable_x64(dtype == 'float64'):
     program, reference = _program(case, dtype), _reference(case['pattern'], case['tied'], dtype)
-    state = program.init()
+    state = tiny.state(program)
     with jax.set_mesh(program.mesh):
       gradients = jax.jit(make_gradients(program.setup, _loss(program)))
       for name, batch in _batches(program).items():
@@ -146,7 +166,7 @@ def test_all_pipelines_equal_one_device(values):
 def _check_all_stages(case, reference):
   programs = [_program(case | {'zero': stage}, 'float64') for stage in FACTORS['zero']]
   layouts = [program.setup.layout for program in programs]
-  params = [program.init().params for program in programs]
+  params = [tiny.state(program).params for program in programs]
 
   def local(params, batch):
     copies = [zero.gather_once(layout, p, np.float64) for layout, p in zip(layouts, params, strict=True)]
@@ -169,10 +189,10 @@ def _check_all_stages(case, reference):
         _check(case, _host(program, grads, loss, count), reference[name], 1e-10)
 
 
-def _stage_program(schedule, microbatches, **train):
+def _stage_program(schedule, microbatches, pattern='-*-*', **train):
   virtual = 2 if schedule == 'interleaved' else 1
   mesh = MeshConfig(2, 2, 1, 1, False, schedule, virtual)
-  config = tiny.config(mesh, tiny.change(tiny.MODEL, pattern='-*-*'), batch=2 * microbatches, **train)
+  config = tiny.config(mesh, tiny.change(tiny.MODEL, pattern=pattern), batch=2 * microbatches, **train)
   return Program(config, jax.devices()[:4])
 
 
@@ -186,7 +206,7 @@ def test_every_task_runs_once_and_one_reduction_follows(schedule):
     grads, sums = run_pipeline(program.setup, _loss(program), zero.gather_once(program.setup.layout, params, np.float32), batch, True)
     return zero.reduce_gradients(program.setup.layout, grads, 1), sums.ran[None], jax.lax.psum(sums.loss, MANUAL)
 
-  specs, params = batch_specs(program.config), program.init().params
+  specs, params = batch_specs(program.config), tiny.state(program).params
   stored = map_layout(lambda leaf: leaf.manual, program.setup.layout)
   batch = program.batch(StepInputs(0, 0, 8, 0, 1e-3), tiny.Rows())
   batch = {key: batch[key] for key in specs}
@@ -207,6 +227,15 @@ def test_every_task_runs_once_and_one_reduction_follows(schedule):
   assert {(c.kind, c.axes) for c in inside} == {('collective-permute', ('pipe',))}
   activation = 16 * 16  # of one sequence
   assert [c.elements for c in inside] == [activation, activation]
+  assert set(_runs_of_the_head(compiled.as_text())) == {'sometimes'}
+
+
+def _runs_of_the_head(text):
+  """How the products with the head's matrix run: the compiler once did them on every device, before a loop of no turns."""
+  computations = split_computations(text)
+  runs = count_runs(computations, 1)
+  product = re.compile(rf'\[\d+,{tiny.MODEL.vocab}\]\S* (dot|custom-call)\(')
+  return ['sometimes' if runs[name].sometimes else 'always' for name, lines in computations.items() for line in lines if product.search(line)]
 
 
 STRICT = pytest.param('1f1b_strict', True, marks=pytest.mark.scale)
@@ -215,7 +244,7 @@ STRICT = pytest.param('1f1b_strict', True, marks=pytest.mark.scale)
 @pytest.mark.parametrize('schedule,flat', [('1f1b', True), STRICT, ('interleaved', True), ('gpipe', False)])
 def test_memory_does_not_grow_with_the_microbatches(schedule, flat):
   few, many = (
-    _stage_program(schedule, m, remat='selective').lower_step().compile().memory_analysis().temp_size_in_bytes for m in (8, 32)
+    _stage_program(schedule, m, '----', remat='selective').lower_step().compile().memory_analysis().temp_size_in_bytes for m in (8, 32)
   )
   assert (many <= 1.02 * few) is flat, (few, many)
 
@@ -239,7 +268,7 @@ from lmscale.train.program import Program
 from lmscale.train.schedule import StepInputs
 mesh = MeshConfig(2, 2, 2, 1, True, 'interleaved', 2, len(sys.argv) > 1)
 program = Program(tiny.config(mesh, tiny.change(tiny.MODEL, pattern='M-*-')))
-state, rows = program.init(), tiny.Rows()
+state, rows = tiny.state(program), tiny.Rows()
 for step in range(20):
   state, metrics = program.step(state, program.batch(StepInputs(step, 0, 16, 0, 1e-3), rows))
 assert metrics['ok'], metrics

@@ -27,7 +27,7 @@ def _program(compute, grad='float32'):
   with jax.enable_x64(compute == 'float64'):
     config = tiny.config(model=EVERY_KIND, compute_dtype=compute, grad_dtype=grad, batch=2, microbatch=2)
     program = Program(config, jax.devices()[:1])
-    return program, program.init()
+    return program, tiny.state(program)
 
 
 def _step(compute, grad='float32'):

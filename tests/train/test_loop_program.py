@@ -39,18 +39,18 @@ class Stopped(Program):
     return super().step(state, batch)
 
 
-def tiny_config(mesh):
-  return with_fields(tiny.config(mesh, tiny.change(tiny.MODEL, pattern='*-'), steps=4, remat='none'), FIELDS)
+def tiny_config(mesh, fields):
+  return with_fields(tiny.config(mesh, tiny.change(tiny.MODEL, pattern='*-'), steps=4, remat='none'), FIELDS | fields)
 
 
-def run(folder, mesh=MESH, program=Program):
-  config = tiny_config(mesh)
+def run(folder, mesh=MESH, program=Program, **fields):
+  config = tiny_config(mesh, fields)
   with open_workdir(folder, config) as workdir:
     return loop.train(config, program(config), Rows(), Rows(seed=1), workdir, 1e6, FakeTokenizer())
 
 
 def stored(folder, step=4):
-  program = Program(tiny_config(MeshConfig(1, 1, 1, 0)), jax.devices()[:1])
+  program = Program(tiny_config(MeshConfig(1, 1, 1, 0), {}), jax.devices()[:1])
   with Checkpointer(folder / 'checkpoints') as checkpoints:
     tree, _ = checkpoints.restore(program.abstract_stored(), step, program.index)
   return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
@@ -73,6 +73,14 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path, whole):
     assert got.tobytes() == want.tobytes()
   assert lines(tmp_path) == lines(whole)
   assert (tmp_path / 'samples.txt').read_text() == (whole / 'samples.txt').read_text()
+
+
+def test_a_run_starts_from_the_parameters_of_one_on_another_mesh(tmp_path, whole):
+  """And its first validation is the other's last."""
+  mesh, whole = whole
+  fields = {'train.init_from': str(whole), 'optimizer.learning_rate': 1e-12, 'optimizer.min_learning_rate': 0.0, 'optimizer.warmup_tokens': 0}
+  assert run(tmp_path, {MESH: PIPE, PIPE: MESH}[mesh], **fields) == loop.DONE
+  assert lines(tmp_path)[3]['val_loss'] == pytest.approx(lines(whole)[3]['val_loss'], rel=1e-4)
 
 
 def test_resumed_on_another_mesh(tmp_path, whole):

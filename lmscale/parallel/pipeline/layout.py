@@ -69,6 +69,17 @@ def kept_slots(config: Config, table: Table) -> tuple[int, int]:
   return stored, int(stored < most)
 
 
+def done_again(config: Config) -> float:
+  """The share of the forward tasks in a step that train.remat=full does again: of those whose microbatch is not stored."""
+  if config.train.remat != 'full':
+    return 0.0
+  if config.mesh.pipe == 1:
+    return 1.0
+  table = step_table(config)
+  slots = table.column('backward_residual')
+  return float(np.mean(slots[slots != NOTHING] >= kept_slots(config, table)[0]))
+
+
 class Places(NamedTuple):
   """Where the layers of each device's stages are, in the order in which they are executed; NOTHING behind a short stage's last.
 
