@@ -2,6 +2,8 @@
 
   python tools/convert_hf.py import HF_FOLDER RUN_FOLDER     config.json and safetensors -> a folder of a run
   python tools/convert_hf.py export RUN_FOLDER HF_FOLDER     the newest checkpoint of a run -> a folder that transformers loads
+  python tools/convert_hf.py megatron FOLDER RUN_FOLDER --config=configs/mamba_study.py:arch=hybrid,size=8b --torch
+                                                             a checkpoint of Megatron-LM -> a folder of a run
 
 A folder of a run can be generated from, evaluated, continued (--config.train.init_from) and exported. Llama, Nemotron, NemotronH,
 Bamba, Mamba and Mamba-2, both ways; see docs/models.md. Exit codes: 0 done, 2 a mistake, in one line, with nothing written;
@@ -16,10 +18,12 @@ from collections.abc import Sequence
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # nothing is computed
 
+from lmscale.config import Config, recipes
 from lmscale.errors import ConfigError
 from lmscale.exit_codes import KILLED, USER_ERROR
 from lmscale.interop.exporting import SHARD, export_model
 from lmscale.interop.importing import DTYPES, import_model
+from lmscale.interop.megatron import import_megatron
 from lmscale.plan.parameters import parameter_count
 
 UNITS = {'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30}
@@ -32,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
   parser = _Parser('convert_hf.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-  commands = parser.add_subparsers(dest='command', required=True, parser_class=_Parser, metavar='import|export')
+  commands = parser.add_subparsers(dest='command', required=True, parser_class=_Parser, metavar='import|export|megatron')
   into = commands.add_parser('import', allow_abbrev=False, help='make a folder of a run')
   into.add_argument('source', metavar='HF_FOLDER')
   into.add_argument('target', metavar='RUN_FOLDER')
@@ -43,8 +47,15 @@ def make_parser() -> argparse.ArgumentParser:
   out.add_argument('target', metavar='HF_FOLDER')
   out.add_argument('--shard_size', type=parse_size, default=SHARD, metavar='SIZE', help='of a file, such as 500MB; default: 5GB')
   out.add_argument('--vocab', type=int, default=0, metavar='ROWS', help='rows of the embedding to keep; default: all')
-  for command in (into, out):
+  other = commands.add_parser('megatron', allow_abbrev=False, help='make a folder of a run of a checkpoint of Megatron-LM')
+  other.add_argument('source', metavar='FOLDER')
+  other.add_argument('target', metavar='RUN_FOLDER')
+  other.add_argument('--config', required=True, metavar='FILE[:ARG]', help='a recipe of the same model: the checkpoint does not describe itself')
+  other.add_argument('--tokenizer', default='', metavar='FILE', help='its tokenizer.json or .model, to be carried along')
+  other.add_argument('--torch', action='store_true', help='read .pt files, by weights-only loading; needs the extra megatron')
+  for command in (into, out, other):
     command.add_argument('--dtype', default='', metavar='|'.join(DTYPES), help='of the numbers; default: as they are')
+  for command in (into, out):
     command.add_argument('--no_tokenizer', action='store_true', help='leave the tokenizer out')
   return parser
 
@@ -63,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   logging.getLogger('absl').setLevel(logging.CRITICAL)
   try:
     flags = make_parser().parse_args(argv)
-    notes = run_import(flags) if flags.command == 'import' else run_export(flags)
+    notes = {'import': run_import, 'export': run_export, 'megatron': run_megatron}[flags.command](flags)
   except ConfigError as error:
     text = '; '.join(line.strip() for line in str(error).splitlines())
     print(f'error: {"".join(c if c.isprintable() else "?" for c in text)}', file=sys.stderr)
@@ -71,24 +82,32 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print('interrupted; nothing was written', file=sys.stderr)
     return KILLED
-  for note in notes:
-    print(f'note: {note}')
+  first, *others = notes
+  print('\n'.join([first, *(f'note: {note}' for note in others)]))
   return 0
 
 
 def run_import(flags: argparse.Namespace) -> list[str]:
-  """Imports, says what; returns lines for people."""
+  """Imports; returns lines for people."""
   config, notes = import_model(flags.source, flags.target, flags.dtype, flags.dt_min, not flags.no_tokenizer, flags.end_token)
-  print(f'{flags.target}: {len(config.model.layers)} layers, {parameter_count(config.model):,} parameters, '
-        f'tokenizer {config.data.tokenizer}')  # fmt: skip
-  return notes
+  return [_made(flags.target, config), *notes]
+
+
+def run_megatron(flags: argparse.Namespace) -> list[str]:
+  """Imports from Megatron-LM; returns lines for people."""
+  recipe = recipes.load(flags.config)
+  config, notes = import_megatron(flags.source, flags.target, recipe, flags.torch, flags.dtype, flags.tokenizer)
+  return [_made(flags.target, config), *notes]
+
+
+def _made(target: str, config: Config) -> str:
+  return f'{target}: {len(config.model.layers)} layers, {parameter_count(config.model):,} parameters, tokenizer {config.data.tokenizer}'
 
 
 def run_export(flags: argparse.Namespace) -> list[str]:
-  """Exports, says what; returns lines for people."""
+  """Exports; returns lines for people."""
   values, notes = export_model(flags.source, flags.target, flags.dtype, flags.shard_size, flags.vocab, not flags.no_tokenizer)
-  print(f'{flags.target}: {values["architectures"][0]}, vocabulary {values["vocab_size"]:,}')
-  return notes
+  return [f'{flags.target}: {values["architectures"][0]}, vocabulary {values["vocab_size"]:,}', *notes]
 
 
 if __name__ == '__main__':

@@ -77,7 +77,7 @@ def open_tensors(folder: pathlib.Path) -> dict[str, Stored]:
   for name in sorted(set(weight_map.values())) or [SINGLE]:
     if not (path := inside(folder, name)).is_file():
       raise ConfigError(f'{path}: no such file' + f', but {INDEX} names it' * bool(weight_map))
-    for key, stored in _read_header(path).items():
+    for key, stored in read_headers(path).items():
       if key in tensors:
         raise ConfigError(f'{folder}: two files hold the tensor {key!r}')
       tensors[key] = stored
@@ -157,7 +157,8 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
   return weight_map
 
 
-def _read_header(path: pathlib.Path) -> dict[str, Stored]:
+def read_headers(path: pathlib.Path) -> dict[str, Stored]:
+  """{name: tensor} of one safetensors file. Raises ConfigError for a damaged one, or a dtype that is not floating point."""
   tensors = {}
   with _opened(path) as file:
     for key in file.keys():  # noqa: SIM118 (not a dict)

@@ -38,6 +38,14 @@ class Source:
   start: int
   stop: int
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.part.shape
+
+  @property
+  def dtype(self) -> np.dtype:
+    return self.stored.dtype
+
   def read(self, dtype: Any = None) -> np.ndarray:
     """Our parameter, in the dtype that is stored or in `dtype`."""
     rows = self.part.to_ours(self.stored.read(self.start, self.stop))

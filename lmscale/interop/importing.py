@@ -4,20 +4,22 @@ Everything that can be refused is refused from headers and JSON before the first
 turned and written by itself, so memory holds a few copies of the largest one.
 """
 
+import dataclasses
 import json
+import math
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from lmscale.config import Config, DataConfig, ModelConfig
+from lmscale.config import Config, ModelConfig
 from lmscale.errors import ConfigError
 from lmscale.interop import tokenizer_folder
 from lmscale.interop.folder import check_sums, inside, open_tensors, read_json
-from lmscale.interop.huggingface import Source, match
+from lmscale.interop.huggingface import match
 from lmscale.interop.huggingface_config import read_config_with_notes
 from lmscale.models import model as model_lib
 from lmscale.train.model_folder import TOKENIZER, write_model
@@ -25,6 +27,17 @@ from lmscale.train.streamed import Pending
 
 DTYPES = {'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
 LARGEST_ABOUT = 1 << 20  # characters of a config.json that is kept with the model
+NO_TOKENIZER = 'no tokenizer: data.tokenizer is bytes, which is not what the model was trained with'
+
+
+class Source(Protocol):
+  """Where a parameter of ours comes from."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  def read(self, dtype: Any = None) -> np.ndarray:
+    """Our parameter, in the dtype that is stored or in `dtype`."""
 
 
 def import_model(
@@ -50,17 +63,40 @@ def import_model(
   sums = _check(source, ['config.json', *words.files, *sorted({stored.path.name for stored in tensors.values()})])
   kept = values if len(json.dumps(values)) <= LARGEST_ABOUT else {}
   about = {'from': 'huggingface', 'family': values['model_type'], 'config': kept, 'sha256': sums}
-  config = _config(target, model, words, end_token)
-  dtypes = _dtypes(sources, model, dtype)
-  total = sum(source.part.size * dtypes[name].itemsize for name, source in sources.items())
+  config = _config(target, Config(model=model), words, end_token)
+  _write(target, config, sources, dtype, about, words)
+  if not words.name:
+    notes.append(NO_TOKENIZER)
+  return config, notes
+
+
+def write_sources(
+  target: str | pathlib.Path, config: Config, sources: Mapping[str, Source], dtype: str, about: dict[str, Any], tokenizer: str,
+  notes: list[str],
+) -> tuple[Config, list[str]]:  # fmt: skip
+  """The end of an import of another kind: writes `target` with the tokenizer in the file of that name, if any.
+
+  Returns (the folder's config, notes and more lines). Raises ConfigError as `import_model`.
+  """
+  target = pathlib.Path(target).expanduser()
+  words = tokenizer_folder.Found(target, ())
+  if tokenizer:
+    words = tokenizer_folder.find_file(pathlib.Path(tokenizer).expanduser(), config.model.vocab, config.data.end_token)
+  config = _config(target, config, words, config.data.end_token)
+  _write(target, config, sources, dtype, about, words)
+  return config, notes if words.name else [*notes, NO_TOKENIZER]
+
+
+def _write(
+  target: pathlib.Path, config: Config, sources: Mapping[str, Source], dtype: str, about: dict[str, Any], words: tokenizer_folder.Found
+) -> None:
+  dtypes = _dtypes(sources, config.model, dtype)
+  total = sum(math.prod(source.shape) * dtypes[name].itemsize for name, source in sources.items())
   with tqdm.tqdm(total=total, unit='B', unit_scale=True, desc='importing', disable=None) as bar:
     write_model(
       target, config, _leaves(sources, dtypes, bar), about, words.tokenizer and words.tokenizer.identity,
       beside=lambda folder: tokenizer_folder.carry(words, folder / TOKENIZER),
     )  # fmt: skip
-  if not words.name:
-    notes.append('no tokenizer: data.tokenizer is bytes, which is not what the model was trained with')
-  return config, notes
 
 
 def _check(source: pathlib.Path, names: Sequence[str]) -> dict[str, str]:
@@ -69,15 +105,15 @@ def _check(source: pathlib.Path, names: Sequence[str]) -> dict[str, str]:
     return check_sums(source, names, bar.update)
 
 
-def _config(target: pathlib.Path, model: ModelConfig, words: tokenizer_folder.Found, end_token: str) -> Config:
-  """The config of the folder: the model and its tokenizer; everything else as the defaults have it."""
+def _config(target: pathlib.Path, config: Config, words: tokenizer_folder.Found, end_token: str) -> Config:
+  """The config of the folder: `config` under its name, with its tokenizer."""
   name = words.name or 'bytes'
   path = name if name == 'bytes' else str(target.absolute() / TOKENIZER / name)
-  return Config(name=''.join(c for c in target.name if c.isprintable()) or 'model', model=model,
-                data=DataConfig(tokenizer=path, end_token=end_token if path != 'bytes' else ''))  # fmt: skip
+  data = dataclasses.replace(config.data, tokenizer=path, end_token=end_token if path != 'bytes' else '')
+  return dataclasses.replace(config, name=''.join(c for c in target.name if c.isprintable()) or 'model', data=data)
 
 
-def _dtypes(sources: dict[str, Source], model: ModelConfig, dtype: str) -> dict[str, np.dtype]:
+def _dtypes(sources: Mapping[str, Source], model: ModelConfig, dtype: str) -> dict[str, np.dtype]:
   """The dtype of each parameter, the same for a name in all layers of a kind."""
   if dtype and dtype not in DTYPES:
     raise ConfigError(f'--dtype: {dtype!r} is not one of {", ".join(DTYPES)}')
@@ -88,7 +124,7 @@ def _dtypes(sources: dict[str, Source], model: ModelConfig, dtype: str) -> dict[
     groups.setdefault((model.layers[int(name.split('/')[1])], leaf) if first == 'layers' else (name,), []).append(name)
   found = {}
   for names in groups.values():
-    kept = jnp.float32 if jnp.float64 in (kinds := {sources[n].stored.dtype for n in names}) else _widest(kinds)
+    kept = jnp.float32 if jnp.float64 in (kinds := {sources[n].dtype for n in names}) else _widest(kinds)
     if dtype:
       full = _spec(specs, names[0]).full_precision
       kept = jnp.promote_types(kept, DTYPES[dtype]) if full else DTYPES[dtype]
@@ -108,7 +144,7 @@ def _spec(specs: dict[str, Any], name: str) -> Any:
   return specs['layers'][int(rest[0])][rest[1]] if part == 'layers' else specs[part][rest[0]]
 
 
-def _leaves(sources: dict[str, Source], dtypes: dict[str, np.dtype], bar: tqdm.tqdm) -> dict[str, Pending]:
+def _leaves(sources: Mapping[str, Source], dtypes: dict[str, np.dtype], bar: tqdm.tqdm) -> dict[str, Pending]:
 
   def pending(name: str, source: Source) -> Pending:
     def load() -> np.ndarray:
@@ -116,6 +152,6 @@ def _leaves(sources: dict[str, Source], dtypes: dict[str, np.dtype], bar: tqdm.t
       bar.update(array.nbytes)
       return array
 
-    return Pending(source.part.shape, dtypes[name], load)
+    return Pending(source.shape, dtypes[name], load)
 
   return {f'params/{name}': pending(name, source) for name, source in sources.items()}

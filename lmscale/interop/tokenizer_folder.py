@@ -58,6 +58,14 @@ def find(folder: pathlib.Path, vocab: int, end_token: str = '') -> Found:
   return Found(folder, files, name, tokenizer)
 
 
+def find_file(path: pathlib.Path, vocab: int, end_token: str = '') -> Found:
+  """A tokenizer in a file of any name that ends with .json or .model, opened. Raises ConfigError as `find`."""
+  tokenizer = get_tokenizer(str(path), end_token)
+  if tokenizer.size > vocab:
+    raise ConfigError(f'{path}: {tokenizer.size} ids, but the embedding has {vocab} rows')
+  return Found(path.parent, (path.name,), path.name, tokenizer)
+
+
 def carry(found: Found, target: pathlib.Path) -> None:
   """Copies the files into the folder `target`, which is made if there are any."""
   if found.files:
