@@ -93,11 +93,11 @@ def test_report():
   config = fill_data(recipes.load(f'{CONFIGS}/megatron_gpt.py:size=530b'), 8 * 35 * 8)
   report = json.loads(json.dumps(make_report(config)))
   assert {'schedule', 'stages', 'virtual_stages', 'microbatches', 'ticks', 'bubble', 'bubble_flops', 'in_flight'} <= set(report['pipeline'])
-  assert report['pipeline']['bubble'] == pytest.approx(34 / 315)  # (p - 1) / m of arXiv 2104.04473, table 1
-  assert report['pipeline']['in_flight'][::34] == [69, 1]
+  assert report['pipeline']['bubble'] == pytest.approx(34 / 945)  # (p - 1) / (v m) of arXiv 2104.04473, table 1
+  assert report['pipeline']['in_flight'][::34] == [139, 71]
   text = format_report(report)
   assert max(map(len, text.splitlines())) < 120
-  assert 'by stage 6 (35 times)' in text and 'balanced by FLOPs' in text and '1f1b  35 stages, 315 microbatches' in text
+  assert 'by stage 2 (105 times)' in text and 'balanced by FLOPs' in text and 'interleaved  35 stages * 3 a device, 315 microbatches' in text
   assert 'pipeline' not in make_report(build({'pipe': 1}))
   strict = format_report(make_report(build({'schedule': '1f1b_strict'})))
   assert '66.7%  over the ideal time, a backward pass being 2 forward; 37.5% without lock step' in strict
