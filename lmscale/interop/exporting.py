@@ -111,7 +111,8 @@ def _to_write(tensor: mapping.Tensor, rows: Rows, dtype: str) -> ToWrite:
     parts = []
     for part in tensor.parts:
       array = part.to_theirs(rows.read(part.name))[: part.stored[0]]  # of a vocabulary that is cut, the first rows
-      parts.append(array.astype(made, copy=False))
+      with np.errstate(over='ignore'):  # told below
+        parts.append(array.astype(made, copy=False))
       if not np.isfinite(parts[-1]).all():
         raise ConfigError(f'{tensor.name}: a value of {part.name} is beyond {made}; export with --dtype=fp32')
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
