@@ -467,7 +467,7 @@ cases(
   ('path upwards', '', ('index.json', "'../in.safetensors' is not the plain name"), {'files': index_of('../in.safetensors')}),
   ('absolute path', '', ('index.json', 'is not the plain name'), {'files': index_of('/etc/in.safetensors')}),
   ('link', '', ('in.safetensors', 'link out of the folder'), {'files': index_of('in.safetensors'), 'prepare': link_out}),
-  act=told(folder_lib.read_tensors),
+  act=told(folder_lib.open_tensors),
 )
 INIT = '--config.train.init_from='
 cases(
@@ -479,7 +479,7 @@ cases(
    ('train.init_from', 'another model', 'model.norm: "rmsnorm" -> "layernorm"; model.mlp.activation: "gelu" -> "relu2"'), {'prepare': resumable}),
   ('as a config', '--config=x.pkl', ('x.pkl', '.json'), {'files': {'x.pkl': pickle.dumps({})}}),
   ('as weights', '', ('only safetensors are read', '.pt'),
-   {'files': {'pytorch_model.bin': pickle.dumps({})}, 'act': told(folder_lib.read_tensors)}),
+   {'files': {'pytorch_model.bin': pickle.dumps({})}, 'act': told(folder_lib.open_tensors)}),
 )  # fmt: skip
 
 

@@ -87,11 +87,6 @@ def open_tensors(folder: pathlib.Path) -> dict[str, Stored]:
   return tensors
 
 
-def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-  """Every tensor of a folder, as stored; see `open_tensors`."""
-  return {name: stored.read() for name, stored in open_tensors(folder).items()}
-
-
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
   """The path of a file in `folder`. Raises ConfigError for a link out of it."""
   path = folder / name

@@ -221,13 +221,13 @@ def _nemotron(fields: _Fields) -> ModelConfig:
 def _nemotron_h(fields: _Fields) -> ModelConfig:
   renamed = {NEMOTRON_H_OLD_NAMES.get(name, name): value for name, value in fields.values.items()}
   fields.values = renamed | fields.values  # today's name wins
-  for name, wanted in (('use_bias', False), ('use_conv_bias', True)):
+  for name, wanted in (('use_bias', False), ('attention_bias', False), ('mlp_bias', False), ('use_conv_bias', True)):
     fields.must(name, wanted, wanted)
   fields.must('mamba_hidden_act', 'silu', 'silu')
   fields.must('sliding_window', None, None)
   fields.must('num_nextn_predict_layers', 0, 0)
   pattern = _nemotron_h_pattern(fields)
-  model = ModelConfig(pattern=pattern, norm_eps=fields.number('layer_norm_epsilon', 1e-5), bias=_bias(fields))
+  model = ModelConfig(pattern=pattern, norm_eps=fields.number('layer_norm_epsilon', 1e-5))
   if '*' in pattern:
     model = dataclasses.replace(model, attention=_attention(fields))
   if '-' in pattern:

@@ -136,6 +136,7 @@ def _fits_nemotron_h(model: ModelConfig) -> str | None:
     ('*' in model.layers and model.positions != 'none', f'model.positions: {model.positions}; its attention has none'),
     _activation(model, ACTIVATIONS) if '-' in model.layers else (False, ''),
     (model.tied, 'model.tied: true; it never ties'),
+    (model.bias and set(model.layers) != {'M'}, 'model.bias: true; its attention has no biases'),
     ('M' in model.layers and model.mamba2.dt_max > 0, f'model.mamba2.dt_max: {model.mamba2.dt_max:g}; it has no upper limit of dt'),
   )  # fmt: skip
 
@@ -242,7 +243,8 @@ def _nemotron_h(model: ModelConfig) -> Values:
     'mlp_hidden_act': _spelled(model.mlp.activation, ACTIVATIONS, 'gelu_pytorch_tanh') if '-' in model.layers else 'relu2',
     'layer_norm_epsilon': model.norm_eps,
     **_attention(model),
-    **_biases(model),
+    'attention_bias': False,
+    'mlp_bias': False,
     'use_bias': False,
     'mamba_num_heads': c.heads,
     'mamba_head_dim': c.head_dim,

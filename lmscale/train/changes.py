@@ -26,6 +26,8 @@ def changed_function(old: Config, new: Config) -> list[str]:
 def unused_fields(old: Config, new: Config) -> tuple[str, ...]:
   """Beginnings of the names of fields that have no effect on models of these layers."""
   unused = [f'{section}.' for section, symbol in USES.items() if symbol not in new.model.layers]
+  if not set(new.model.layers) & set('*-'):
+    unused.append('model.bias')
   positions = (old.model.positions, new.model.positions)
   if 'rope' not in positions or '*' not in new.model.layers:
     unused.append('model.rope_')

@@ -23,11 +23,12 @@ def test_two_files_with_an_index(tmp_path):
   save_file({'a': ONES, 'x/../../y': 2 * ONES}, tmp_path / 'one.safetensors')
   save_file({'b': ONES.astype(ml_dtypes.bfloat16)}, tmp_path / 'two.safetensors')
   write_index(tmp_path, {'a': 'one.safetensors', 'x/../../y': 'one.safetensors', 'b': 'two.safetensors'})
-  tensors = folder_lib.read_tensors(tmp_path)
+  tensors = folder_lib.open_tensors(tmp_path)
   assert {name: array.dtype.name for name, array in tensors.items()} == {
     'a': 'float32', 'x/../../y': 'float32', 'b': 'bfloat16'
   }  # fmt: skip
-  np.testing.assert_array_equal(tensors['x/../../y'], 2 * ONES)
+  np.testing.assert_array_equal(tensors['x/../../y'].read(), 2 * ONES)
+  np.testing.assert_array_equal(tensors['b'].read(1, 2), ONES[1:2])
 
 
 @pytest.mark.parametrize(
@@ -36,14 +37,14 @@ def test_two_files_with_an_index(tmp_path):
 def test_index_with_other_than_plain_names(tmp_path, name):
   write_index(tmp_path, {'a': name})
   with pytest.raises(ConfigError, match='is not the plain name of a .safetensors file'):
-    folder_lib.read_tensors(tmp_path)
+    folder_lib.open_tensors(tmp_path)
 
 
 @pytest.mark.parametrize('weight_map', [None, {}, [], 'x'])
 def test_index_without_a_map(tmp_path, weight_map):
   write_index(tmp_path, weight_map)
   with pytest.raises(ConfigError, match='weight_map: expected'):
-    folder_lib.read_tensors(tmp_path)
+    folder_lib.open_tensors(tmp_path)
 
 
 def test_link_out_of_the_folder(tmp_path):
@@ -52,7 +53,7 @@ def test_link_out_of_the_folder(tmp_path):
   inner.mkdir()
   (inner / 'model.safetensors').symlink_to(tmp_path / 'outside.safetensors')
   with pytest.raises(ConfigError, match='a link out of the folder is not followed'):
-    folder_lib.read_tensors(inner)
+    folder_lib.open_tensors(inner)
 
 
 def test_tensor_in_two_files(tmp_path):
@@ -60,19 +61,19 @@ def test_tensor_in_two_files(tmp_path):
     save_file({'a': ONES}, tmp_path / f'{name}.safetensors')
   write_index(tmp_path, {'a': 'one.safetensors', 'b': 'two.safetensors'})
   with pytest.raises(ConfigError, match="two files hold the tensor 'a'"):
-    folder_lib.read_tensors(tmp_path)
+    folder_lib.open_tensors(tmp_path)
 
 
 def test_missing_file_of_the_index(tmp_path):
   write_index(tmp_path, {'a': 'one.safetensors'})
   with pytest.raises(ConfigError, match='one.safetensors: '):
-    folder_lib.read_tensors(tmp_path)
+    folder_lib.open_tensors(tmp_path)
 
 
 def test_pickles_are_not_read(tmp_path):
   (tmp_path / 'pytorch_model.bin').write_bytes(b'\x80\x04.')
   with pytest.raises(ConfigError, match='only safetensors are read'):
-    folder_lib.read_tensors(tmp_path)
+    folder_lib.open_tensors(tmp_path)
 
 
 def damage_empty(data: bytes) -> bytes:
@@ -109,7 +110,7 @@ def test_damaged_file(tmp_path, damage):
 def test_quantised_tensors_are_refused(tmp_path, dtype):
   save_file({'a': ONES.astype(dtype)}, tmp_path / 'model.safetensors')
   with pytest.raises(ConfigError, match='supported|unsupported'):
-    folder_lib.read_tensors(tmp_path)
+    folder_lib.open_tensors(tmp_path)
 
 
 @pytest.mark.parametrize(

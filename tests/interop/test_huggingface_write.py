@@ -31,7 +31,7 @@ def test_what_is_written_reads_back_as_the_same_model(name):
   [
     (TRANSFORMER, 'llama'), (tiny.change(TRANSFORMER, norm='layernorm1p', mlp=tiny.change(tiny.MODEL.mlp, activation='relu2')), 'nemotron'),
     (tiny.change(TRANSFORMER, pattern='M-*-M-'), 'bamba'), (tiny.change(TRANSFORMER, pattern='M-M-', positions='none'), 'bamba'),
-    (tiny.change(TRANSFORMER, pattern='M|M'), 'mamba2'), (tiny.change(TRANSFORMER, pattern='mm'), 'mamba'),
+    (tiny.change(TRANSFORMER, pattern='M|M', bias=True), 'mamba2'), (tiny.change(TRANSFORMER, pattern='mm'), 'mamba'),
     (tiny.change(TRANSFORMER, pattern='M*M', positions='none'), 'nemotron_h'),
     (tiny.change(TRANSFORMER, pattern='*-', positions='none', mlp=tiny.change(tiny.MODEL.mlp, activation='gelu')), 'nemotron_h'),
     (tiny.change(TRANSFORMER, pattern='MM', d_model=24), 'nemotron_h'),
@@ -53,6 +53,7 @@ def test_the_family_follows_from_the_layers(model, family):
     ({'norm': 'layernorm1p'}, 'nemotron: model.mlp.activation: swiglu; it has relu2'),
     ({'rope_fraction': 0.5}, 'llama: model.rope_fraction: 0.5; it rotates whole heads'),
     ({'attention': AttentionConfig(heads=6, kv_heads=2, head_dim=4)}, 'llama: model.attention.heads: 6 does not divide model.d_model 32'),
+    ({'pattern': '*M', 'positions': 'none', 'bias': True}, 'nemotron_h: model.bias: true; its attention has no biases'),
     ({'pattern': '*M', 'positions': 'none', 'tied': True}, 'nemotron_h: model.tied: true; it never ties'),
     ({'pattern': '*M', 'positions': 'none', 'mamba2': Mamba2Config(8, 4, 2, 4, dt_max=0.1)}, 'nemotron_h: model.mamba2.dt_max: 0.1; it has no upper'),
     ({'pattern': 'MM', 'd_model': 24, 'tied': True}, 'mamba2: model.mamba2: heads . head_dim = 32 is no multiple of model.d_model 24'),

@@ -3,14 +3,16 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
-from lmscale.config import Config, recipes
+from lmscale.config import AttentionConfig, Config, recipes, validate
 from lmscale.interop import huggingface
 from lmscale.interop.exporting import export_model
 from lmscale.interop.huggingface_write import same_function
@@ -69,6 +71,41 @@ def test_an_import_that_is_exported_again_loads_in_half_precision(tmp_path, name
   export_model(tmp_path / 'run', tmp_path / 'out', dtype='bf16')
   loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', output_loading_info=True, local_files_only=True)
   assert not any(info.values()) and loaded.dtype == torch.bfloat16
+
+
+BASE = tiny.change(tiny.MODEL, d_model=24, vocab=61, init_std=0.4)
+GELU = tiny.change(tiny.MODEL.mlp, activation='gelu_tanh')
+SSD = tiny.MODEL.mamba2
+
+
+@pytest.mark.parametrize(
+  'model',
+  [
+    tiny.change(BASE, pattern='*-*-', bias=True, tied=True, mlp=tiny.change(tiny.MODEL.mlp, activation='geglu')),
+    tiny.change(BASE, pattern='*-', attention=AttentionConfig(3, 1, 10), rope_base=77.0),
+    tiny.change(BASE, pattern='*-', norm='layernorm1p', mlp=GELU, attention=AttentionConfig(3, 3, 10), rope_fraction=0.6, bias=True,
+                rope_scaling_factor=4.0, rope_scaling_low=1.0, rope_scaling_high=3.0, rope_scaling_length=16),
+    tiny.change(BASE, pattern='M-*-', attention=AttentionConfig(3, 1, 10), rope_fraction=0.6, bias=True, tied=True,
+                mamba2=tiny.change(SSD, heads=6, head_dim=8, groups=6)),
+    tiny.change(BASE, pattern='M-M-', positions='none', mamba2=tiny.change(SSD, heads=6, groups=1, dt_max=0.5)),
+    tiny.change(BASE, pattern='*-', rope_fraction=1.0, rope_scaling_factor=4.0, rope_scaling_low=1.0, rope_scaling_high=3.0, rope_scaling_length=16),
+    tiny.change(BASE, pattern='MM*--*', positions='none', mlp=GELU, attention=AttentionConfig(3, 1, 10), mamba2=tiny.change(SSD, dt_min=0.7)),
+    tiny.change(BASE, pattern='-M', positions='none', mlp=GELU), tiny.change(BASE, pattern='M', tied=True, mamba2=tiny.change(SSD, heads=12, head_dim=4, groups=3, conv=2)),
+    tiny.change(BASE, pattern='mm', tied=True, mamba=tiny.change(tiny.MODEL.mamba, d_inner=72, dt_rank=5, conv=2)),
+  ],
+  ids=lambda model: model.pattern,
+)  # fmt: skip
+def test_odd_models_of_our_own_have_equal_logits(tmp_path, model):
+  validate(Config(model=model))
+  params = jax.tree.map(lambda a: a + 0.2 * np.random.default_rng(a.size).standard_normal(a.shape, np.float32), model_lib.init_layers(model, seed=5))
+  write_run(tmp_path / 'run', Config(model=model), params)
+  export_model(tmp_path / 'run', tmp_path / 'out', tokenizer=False)
+  tokens = np.random.default_rng(0).integers(0, model.vocab, (2, 27), dtype=np.int32)
+  hidden, _ = model_lib.forward(model, params, tokens, plain_context(tokens))
+  ours = np.asarray(model_lib.logits(model, params, hidden))
+  assert np.abs(logits_of(load(tmp_path / 'out'), tokens) - ours).max() <= TOLERANCE * max(1.0, ours.std())
+  again, notes = import_model(tmp_path / 'out', tmp_path / 'back')
+  assert changed_function(Config(model=model), again) == [] and len(notes) == 1
 
 
 @pytest.mark.parametrize('arch', ['transformer', 'mamba', 'mamba2', 'hybrid'])

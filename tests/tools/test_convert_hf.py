@@ -203,3 +203,57 @@ def test_a_wrong_command_is_one_line(source, tmp_path, capsys, argv, says):
 @pytest.mark.parametrize(('said', 'size'), [('7', 7), ('5GB', 5 * 10**9), ('2MiB', 2**21), ('500mb', 5 * 10**8)])
 def test_sizes(said, size):
   assert convert_hf.parse_size(said) == size
+
+
+def metadata(change):
+  def spoil(run):
+    path = run / 'checkpoints' / '0' / 'meta' / 'metadata'
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+  return spoil
+
+
+def newer(values):
+  del values['digest']
+  values['format'] = 99
+
+
+def flipped(run):
+  for path in (run / 'checkpoints' / '0' / 'state').rglob('d/*'):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory) -> pathlib.Path:
+  folder = tmp_path_factory.mktemp('imported') / 'run'
+  assert convert_hf.main(['import', str(GOLDENS / 'mamba'), str(folder)]) == 0
+  return folder
+
+
+@pytest.mark.parametrize(
+  ('spoil', 'says'),
+  [
+    (metadata(newer), 'has format 99, this version of lmscale reads up to'),
+    (metadata(lambda values: values['checksums'].update({'params/layers/0/D': 1})), 'all of 1 checkpoints are damaged'),
+    (text('checkpoints/0/meta/metadata', '{'), 'all of 1 checkpoints are damaged'),
+    (flipped, '0 is damaged ('),
+    (text('config.json', '{'), 'config.json: written by another version of lmscale or damaged'),
+    (text('config.json', '{"model": {"pattern": "mm"}}'), 'config.json is of another model than the checkpoint of step 0: model.pattern: "mmm" -> "mm"'),
+    (lambda run: shutil.rmtree(run / 'checkpoints' / '0'), 'no checkpoint; give the folder of a run'),
+    (lambda run: shutil.rmtree(run / 'checkpoints'), 'has no checkpoints'),
+    (lambda run: (shutil.rmtree(run), run.write_bytes(pickle.dumps({}))), 'is a file; give the folder of a run (a pickle'),
+  ],
+)
+def test_a_damaged_run_is_refused_in_one_line_and_nothing_is_written(imported, tmp_path, capsys, spoil, says):
+  run = shutil.copytree(imported, tmp_path / 'run')
+  spoil(run)
+  before = sorted(tmp_path.rglob('*'))
+  assert convert_hf.main(['export', str(run), str(tmp_path / 'out')]) == 2
+  out, err = capsys.readouterr()
+  line = err.splitlines()[-1]
+  assert line.startswith('error: ') and says in line and line.isprintable() and out == ''
+  assert sorted(tmp_path.rglob('*')) == before
