@@ -91,7 +91,7 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
   """The path of a file in `folder`. Raises ConfigError for a link out of it."""
   path = folder / name
   if path.resolve().parent != folder.resolve():
-    raise ConfigError(f'{path}: a link out of the folder is not followed; copy the file here')
+    raise ConfigError(f'{path}: a link out of the folder is not followed; copy the folder with cp -rL')
   return path
 
 

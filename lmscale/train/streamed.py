@@ -1,4 +1,4 @@
-"""A checkpoint written and read one array at a time: what is imported or exported need not fit in memory.
+"""A checkpoint written and read a few arrays at a time: what is imported or exported need not fit in memory.
 
 It is written as `checkpoint.Checkpointer` writes one and read by it; nothing else knows the difference.
 """
@@ -18,6 +18,7 @@ from lmscale.train import stored
 from lmscale.train.checkpoint import Checkpointer, DamagedCheckpoint, first_line, signed
 from lmscale.train.stored import Index
 
+TOGETHER = 1 << 25  # bytes: every write of its own leaves a copy of the file's directory behind
 Done = Callable[[str, np.ndarray], None]
 
 
@@ -35,23 +36,26 @@ class Pending:
 
 
 class _PendingHandler(ocp.type_handlers.NumpyHandler):
-  """Writes arrays that are pending one after another; tells `done` of (path, array) before."""
+  """Writes arrays that are pending a few at a time; tells `done` of (path, array) before."""
 
   def __init__(self, done: Done):
     super().__init__(deepcopy_host_arrays=False)
     self._done = done
 
   async def serialize(self, values: Sequence[Pending], infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[Any]:
+    batch: list[tuple] = []
     for value, info, arg in zip(values, infos, args, strict=True):
-      array = value.load()
-      self._done('/'.join(str(key.key) for key in info.keypath), array)
-      for future in await super().serialize([array], [info], [arg]):
-        future.result()
+      batch.append((value.load(), info, arg))
+      self._done('/'.join(str(key.key) for key in info.keypath), batch[-1][0])
+      if sum(array.nbytes for array, *_ in batch) >= TOGETHER or value is values[-1]:
+        for future in await super().serialize(*map(list, zip(*batch, strict=True))):
+          future.result()
+        batch = []
     return []
 
 
 def write_once(folder: pathlib.Path, step: int, leaves: dict[str, Pending], meta: dict[str, Any], index: Index) -> None:
-  """The only checkpoint of a new folder, as `Checkpointer.save` would write it, with one array at a time in memory.
+  """The only checkpoint of a new folder, as `Checkpointer.save` would write it, with few arrays at a time in memory.
 
   leaves: {path: array to come}; see `stored` for paths and index. By one process. The caller makes it appear at once.
   """
