@@ -69,13 +69,18 @@ class Rows:
 
 def worst(tree: Any, reference: Any) -> tuple[float, str]:
   """The largest max|a - b| / max|b| over leaves, and the leaf it was found in."""
+  return max((error, leaf) for leaf, error in errors(tree, reference).items())
+
+
+def errors(tree: Any, reference: Any) -> dict[str, float]:
+  """max|a - b| / max|b| of each leaf."""
   import jax
 
-  found = []
+  found = {}
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(reference), strict=True):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    found.append((float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)), jax.tree_util.keystr(path)))
-  return max(found)
+    found[jax.tree_util.keystr(path)] = float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+  return found
 
 
 def state(program: Any, seed: int = 0) -> Any:
