@@ -1,1 +1,1 @@
-"""Models of other libraries as lmscale configs and parameters. Reads data files only; nothing from a folder is run."""
+"""Models of other libraries as folders of runs, and back. Reads data files only; nothing from a folder is run."""

@@ -76,13 +76,13 @@ def test_what_is_imported_is_exported_bit_for_bit(tmp_path, name, half):
 
 
 def test_parameters_are_those_of_the_whole_tree(tmp_path):
-  import_model(GOLDENS / 'bamba', tmp_path / 'run')
+  import_model(GOLDENS / 'mamba_untied', tmp_path / 'run')
   model = open_model(tmp_path / 'run')
   config = resolve_mesh(model.config, 1)
   setup = make_setup(config, make_mesh(config.mesh, jax.devices()[:1]))
   tree, index = stored.unstacked(model.params(setup)), stored.index_of(setup.stacking, ('params',))
   found = stored.canonical({'params': tree}, index)['params']
-  _, want = huggingface.load(GOLDENS / 'bamba')
+  _, want = huggingface.load(GOLDENS / 'mamba_untied')
   want |= {'layers': {str(i): layer for i, layer in enumerate(want['layers'])}}
   jax.tree.map(np.testing.assert_array_equal, found, want)
 

@@ -20,6 +20,7 @@ from lmscale.config import MeshConfig, ModelConfig
 from lmscale.data import atomic_folder
 from lmscale.errors import ConfigError
 from lmscale.models import model as model_lib
+from lmscale.models.stacking import FILLER, from_layers
 from lmscale.parallel.mesh import make_mesh
 from lmscale.parallel.setup import make_setup
 from lmscale.train import stored
@@ -285,3 +286,21 @@ class Nothing:
   @staticmethod
   def latest():
     return None
+
+
+@pytest.mark.parametrize('mesh', [tiny.ONE, MeshConfig(2, 2, 2, 1)])
+def test_rows_are_found_in_any_stacking(tmp_path, mesh):
+  """As an export reads a run: out of stacks of runs, or of stages, some rows of which hold no layer."""
+  setup, values = setup_of(mesh), values_of()
+  _, index = abstract_params(setup, jnp.float32)
+  tree = stored.nested(values)['params']
+  layers = [tree['layers'][str(i)] for i in range(len(MODEL.layers))]
+  params = stored.unstacked({**tree, 'layers': from_layers(layers, setup.stacking)})
+  if mesh != tiny.ONE:
+    assert any(FILLER in stack.layers for stack in index.values())
+  with Checkpointer(tmp_path / 'checkpoints') as checkpoints:
+    checkpoints.save(3, {'params': params, 'step': jnp.int32(3)}, {'data': {}, 'config': config_lib.to_dict(CONFIG)}, wait=True, index=index)
+  with open_model(tmp_path).rows() as rows:
+    assert {f'params/{name}': shape for name, shape in rows.shapes.items()} == param_shapes(MODEL)
+    for name in rows.shapes:
+      np.testing.assert_array_equal(rows.read(name), values[f'params/{name}'], name)
