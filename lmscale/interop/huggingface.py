@@ -17,7 +17,7 @@ from lmscale.config import ModelConfig
 from lmscale.errors import ConfigError
 from lmscale.interop import mapping
 from lmscale.interop.folder import Stored, open_tensors, read_json
-from lmscale.interop.huggingface_config import read_config
+from lmscale.interop.huggingface_config import read_config, read_config_with_notes
 
 __all__ = ['load', 'load_weights', 'match', 'read_config']
 
@@ -52,11 +52,11 @@ class Source:
     return np.ascontiguousarray(rows, dtype)
 
 
-def load(folder: str | pathlib.Path) -> tuple[ModelConfig, Params]:
-  """The model in `folder`: `config.json` with `model.safetensors` or its index. See `load_weights`."""
+def load(folder: str | pathlib.Path, dt_min: float | None = None) -> tuple[ModelConfig, Params]:
+  """The model in `folder`: `config.json` with `model.safetensors` or its index. See `load_weights` and `read_config_with_notes`."""
   folder = pathlib.Path(folder)
   values = read_json(folder / 'config.json')
-  config = read_config(values)  # refuse before reading gigabytes
+  config, _ = read_config_with_notes(values, dt_min)  # refuse before reading gigabytes
   return config, _whole(match(open_tensors(folder), values['model_type'], config))
 
 
