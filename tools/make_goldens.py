@@ -33,6 +33,7 @@ LOGIT_STD = 0.75
 VOCAB = 97
 GREEDY = 8  # tokens generated
 LIMITS = (0.06, 0.3)  # of dt, both of which are reached
+FLOOR = (0.06, math.inf)  # as NemotronH makes of time_step_min
 
 # name: (configuration class, its arguments, tokens per row)
 GOLDENS: dict[str, tuple[type, dict, int]] = {
@@ -244,6 +245,24 @@ GOLDENS: dict[str, tuple[type, dict, int]] = {
     },
     21,
   ),
+  'nemotron_h_floor': (
+    transformers.NemotronHConfig,
+    {
+      'hidden_size': 16,
+      'layers_block_type': ['linear_attention', 'mlp', 'full_attention', 'linear_attention'],
+      'num_attention_heads': 2,
+      'num_key_value_heads': 1,
+      'head_dim': 8,
+      'intermediate_size': 21,
+      'mamba_num_heads': 4,
+      'mamba_head_dim': 6,
+      'ssm_state_size': 5,
+      'n_groups': 1,
+      'time_step_min': FLOOR[0],
+      'chunk_size': 8,
+    },
+    21,
+  ),
 }
 
 
@@ -334,22 +353,23 @@ def check_dt(model: torch.nn.Module, tokens: np.ndarray) -> float:
   for handle in handles:
     handle.remove()
   given = {tuple(mixer.time_step_limit) for mixer in mamba2_mixers(model)}
-  require(given == {LIMITS} or all(low < smallest[0] and high == math.inf for low, high in given), f'dt {smallest[0]}, limits {given}')
-  if given == {LIMITS}:
-    check_limits(model, tokens)
+  if given in ({LIMITS}, {FLOOR}):
+    check_limits(model, tokens, *given)
+  else:
+    require(all(low < smallest[0] and high == math.inf for low, high in given), f'dt {smallest[0]}, limits {given}')
   return smallest[0]
 
 
-def check_limits(model: torch.nn.Module, tokens: np.ndarray) -> None:
+def check_limits(model: torch.nn.Module, tokens: np.ndarray, given: tuple[float, float]) -> None:
   """Each limit of dt alone changes the logits by much more than the tests allow."""
   clamped = logits_of(model, tokens)
-  for limits in ((0.0, LIMITS[1]), (LIMITS[0], math.inf)):
+  for limits in {(0.0, given[1]), (given[0], math.inf)} - {given}:
     for mixer in mamba2_mixers(model):
       mixer.time_step_limit = limits
     change = float(np.abs(logits_of(model, tokens) - clamped).max())
     require(change > 5e-3, f'without one of its limits of dt the logits change by {change}')
   for mixer in mamba2_mixers(model):
-    mixer.time_step_limit = LIMITS
+    mixer.time_step_limit = given
 
 
 def greedy_of(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
