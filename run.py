@@ -1,9 +1,10 @@
-"""Train a language model, or plan a training run.
+"""Train a language model, plan a training run, or generate with a trained model.
 
   python run.py                                          the quickstart, a few minutes on a laptop
   python run.py --config=configs/mamba_study.py:arch=mamba2,size=tiny --config.train.steps=100
   python run.py --config=configs/megatron_gpt.py:size=1t --job=plan --config.mesh.data=6
   python run.py --config=runs/quickstart/config.json --workdir=runs/again
+  python run.py --job=generate --workdir=runs/quickstart --prompt='def '
 
 The same command with the same --workdir resumes. Several processes make one run: see docs/clusters.md. Exit codes:
 
@@ -30,7 +31,7 @@ import traceback
 from collections.abc import Sequence
 
 from lmscale import jobs, processes
-from lmscale.config import recipes
+from lmscale.config import Config, recipes
 from lmscale.errors import ConfigError
 from lmscale.exit_codes import AGAIN, USER_ERROR
 from lmscale.plan.advice import is_out_of_memory, memory_advice
@@ -38,7 +39,6 @@ from lmscale.processes.interrupt import AT_ONCE
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'quickstart.py'
 UNPRINTABLE = r'[^\x20-\x7e\xa0-\U0010ffff]'
-PLANS = ('svg', 'hardware', 'compile', 'suggest')  # flags of --job=plan alone
 EXTRAS = {'lm_eval': 'eval', 'transformers': 'hf', 'torch': 'hf'}  # imported package -> the extra that brings it
 
 
@@ -55,8 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--config',
     metavar='FILE[:ARG]',
-    default=str(DEFAULT_CONFIG),
-    help='a recipe (.py, with its argument after a colon) or a saved config.json; default: quickstart',
+    help='a recipe (.py, with its argument after a colon) or a saved config.json; default: quickstart, or with --job=generate '
+    'the config of the run in --workdir',
   )
   parser.add_argument(
     '--config.FIELD=VALUE',
@@ -103,6 +103,13 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--suggest', type=int, metavar='DEVICES', help='print the fastest meshes of so many devices that fit (with --job=plan); of --hardware, or H100'
   )
+  parser.add_argument('--prompt', metavar='TEXT', help='what to continue (with --job=generate)')
+  parser.add_argument(
+    '--prompts', metavar='FILE', help='JSON lines {"text": ...} or {"ids": [...]}, each to continue (with --job=generate)'
+  )
+  parser.add_argument(
+    '--out', metavar='FILE', help='write JSON lines with prompt, ids, text and finish instead of printing (with --job=generate)'
+  )
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   return parser
 
@@ -125,10 +132,21 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str
   if flags.json and not jobs.JOBS[flags.job].json:
     able = ' or '.join(f'--job={name}' for name, job in jobs.JOBS.items() if job.json)
     raise ConfigError(f'--json: only with {able}')
-  for name in PLANS:
-    if getattr(flags, name) and flags.job != 'plan':
-      raise ConfigError(f'--{name}: only with --job=plan')
+  for job, name in ((job, name) for job, about in jobs.JOBS.items() for name in about.flags):
+    if getattr(flags, name) and flags.job != job:
+      raise ConfigError(f'--{name}: only with --job={job}')
   return flags, overrides
+
+
+def load_config(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Config:
+  """The config of a job: --config, else that of the trained model which the job uses, else the quickstart; then the overrides."""
+  if flags.config is None and jobs.JOBS[flags.job].trained:
+    if not flags.workdir:
+      raise ConfigError(f'--workdir: give the folder of a run; --job={flags.job} uses the model in it')
+    from lmscale.train.model_folder import folder_config  # slow to import
+
+    return recipes.change(folder_config(flags.workdir), overrides)
+  return recipes.load(flags.config or str(DEFAULT_CONFIG), overrides)
 
 
 def _unknown_argument(word: str, parser: argparse.ArgumentParser) -> ConfigError:
@@ -160,7 +178,7 @@ def _run_job(argv: Sequence[str]) -> int:
       stream.reconfigure(errors='backslashreplace')
   try:
     flags, overrides = parse_flags(argv)
-    config = recipes.load(flags.config, overrides)
+    config = load_config(flags, overrides)
     if jobs.JOBS[flags.job].together:
       processes.start(processes.find_cluster(vars(flags), os.environ), flags.wait, tpu=not config.emulate)
     with processes.watching():

@@ -18,9 +18,9 @@ MAY = {  # part of lmscale -> the parts that it may import, beside itself and `e
   'data': {'config', 'batch', 'unfinished'},
   'kernels': {'config'},
   'models': {'config', 'kernels'},
-  'parallel': MODEL | {'batch'},
+  'parallel': MODEL | {'batch', 'processes'},
   'plan': MODEL | {'parallel'},
-  'generate': MODEL | {'parallel', 'batch'},
+  'generate': MODEL | {'parallel', 'data'},
   'interop': BELOW_TRAIN | {'train'},
   'train': BELOW_TRAIN | {'generate'},  # samples are drawn while a run trains
   'jobs': BELOW_TRAIN | {'generate', 'interop', 'train'},

@@ -13,6 +13,7 @@ from lmscale.config.checks import (
   SOURCE_KINDS,
   USES,
   check_mesh,
+  check_tensor,
   fill_data,
   resolve_mesh,
   validate,
@@ -21,6 +22,7 @@ from lmscale.config.fields import (
   AttentionConfig,
   Config,
   DataConfig,
+  GenerateConfig,
   LoopConfig,
   Mamba2Config,
   MambaConfig,
@@ -47,9 +49,9 @@ from lmscale.config.recipes import arguments
 from lmscale.errors import ConfigError
 
 __all__ = [
-  'FIELD_KINDS', 'LAYER_KINDS', 'SOURCE_KINDS', 'USES', 'AttentionConfig', 'Config', 'ConfigError', 'DataConfig', 'LoopConfig',
-  'MLPConfig', 'Mamba2Config', 'MambaConfig', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'SourceConfig', 'TrainConfig',
-  'arguments', 'batch_segments', 'check_mesh', 'element', 'field_types', 'fill_data', 'flatten', 'from_dict',
+  'FIELD_KINDS', 'LAYER_KINDS', 'SOURCE_KINDS', 'USES', 'AttentionConfig', 'Config', 'ConfigError', 'DataConfig',
+  'GenerateConfig', 'LoopConfig', 'MLPConfig', 'Mamba2Config', 'MambaConfig', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'SourceConfig', 'TrainConfig',
+  'arguments', 'batch_segments', 'check_mesh', 'check_tensor', 'element', 'field_types', 'fill_data', 'flatten', 'from_dict',
   'hybrid_pattern', 'plain_dict', 'resolve_mesh', 'run_tokens', 'to_config_dict', 'to_dict', 'unknown_field',
   'validate',
 ]  # fmt: skip

@@ -54,6 +54,7 @@ AT_LEAST = {  # smallest allowed integer
   'train.spike_budget': 0, 'train.stored_microbatches': 0,
   'loop.log_every': 1, 'loop.eval_every': 0, 'loop.eval_samples': 1, 'loop.checkpoint_every': 0, 'loop.keep': 1,
   'loop.sample_every': 0, 'loop.sample_tokens': 1,
+  'generate.tokens': 1, 'generate.top_k': 0, 'generate.batch': 1, 'generate.prefill_chunk': 1,
 }  # fmt: skip
 LARGEST = 2**26  # of any integer but token counts: what is made of them fits in 32 or 64 bits
 
@@ -68,6 +69,7 @@ INTERVALS = {  # where numbers must lie: whatever somebody may have a use for, b
   'optimizer.learning_rate': '(0, 100]', 'optimizer.min_learning_rate': '[0, 100]', 'optimizer.eps': '(0, 1]',
   'optimizer.beta1': '[0, 1)', 'optimizer.beta2': '[0, 1)', 'optimizer.weight_decay': '[0, 100]',
   'optimizer.clip': '[0, 1e6]', 'train.spike_skip': '[0, 1e6]', 'data.validation': '[0, 1)', 'loop.temperature': '[0, 100]',
+  'generate.temperature': '[0, 100]', 'generate.top_p': '(0, 1]',
 }  # fmt: skip
 WEIGHT = '[0, 1e12]'
 
@@ -126,9 +128,9 @@ def fill_data(config: Config, devices: int) -> Config:
   return dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=rest))
 
 
-def check_mesh(config: Config) -> None:
-  """Whether the mesh, with mesh.data known, can cut this model, batch and sequence."""
-  model, mesh, train = config.model, config.mesh, config.train
+def check_tensor(config: Config) -> None:
+  """Whether mesh.tensor can cut this model."""
+  model, mesh = config.model, config.mesh
   cut_by_tensor = {
     'model.attention.heads': '*', 'model.mamba2.heads': 'M', 'model.mamba.d_inner': 'm', 'model.mlp.d_ff': '-',
     'model.vocab': '',
@@ -136,6 +138,12 @@ def check_mesh(config: Config) -> None:
   for path, symbol in cut_by_tensor.items():
     if symbol in model.layers:
       _check_divides('mesh.tensor', mesh.tensor, path, _get(config, path))
+
+
+def check_mesh(config: Config) -> None:
+  """Whether the mesh, with mesh.data known, can cut this model, batch and sequence."""
+  mesh, train = config.mesh, config.train
+  check_tensor(config)
   check_stages(config)
   if mesh.sequence_parallel:
     _check_divides('mesh.tensor', mesh.tensor, 'train.seq_len', train.seq_len, ' (mesh.sequence_parallel)')
@@ -367,6 +375,8 @@ def _check_rest(config: Config) -> None:
     raise ConfigError(
       f'train.spike_skip: {config.train.spike_skip:g} times the median would skip ordinary steps; give more than 1, or 0 for none'
     )
+  if '' in config.generate.stop:
+    raise ConfigError('generate.stop: an empty text stops everything at once; leave it out')
   if config.loop.eval_every and not config.data.validation:
     raise ConfigError(
       f'data.validation: 0 holds nothing out, but loop.eval_every is {config.loop.eval_every}; set '

@@ -179,7 +179,24 @@ class LoopConfig:
   sample_every: int = 0
   sample_tokens: int = 200
   sample_prompt: str = 'def '
-  temperature: float = 0.8
+  temperature: float = 0.8  # of samples; their top_k and top_p are those of `generate`
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+  """What follows a prompt in the job `generate`: how long it is, how a token is chosen, how many prompts go together.
+
+  Logits are divided by the temperature, then cut by top_k, then what is left by top_p; a seed, a prompt's place among the
+  prompts and the token's number give the draw.
+  """
+
+  tokens: int = 200  # at most, after each prompt
+  temperature: float = 0.8  # 0: always the most likely token
+  top_k: int = 0  # draw from the k most likely tokens only; 0, or as many as there are: from all
+  top_p: float = 1.0  # draw from the fewest tokens that have this probability together; 1: from all
+  stop: tuple[str, ...] = ()  # texts at which a prompt's continuation ends, without them; an end of document always ends it
+  batch: int = 8  # prompts at a time, rounded up to divide over the devices
+  prefill_chunk: int = 512  # tokens of a prompt that are read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,4 +211,5 @@ class Config:
   train: TrainConfig = TrainConfig()
   data: DataConfig = DataConfig()
   loop: LoopConfig = LoopConfig()
+  generate: GenerateConfig = GenerateConfig()
   emulate: int = 0  # CPU devices to emulate; 0: the real devices

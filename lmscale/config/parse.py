@@ -37,6 +37,7 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
   """A mutable, locked copy for a recipe to change: a field that does not exist cannot be set by accident."""
   values = to_dict(config)
   values['data']['sources'] = tuple(values['data']['sources'])
+  values['generate']['stop'] = tuple(values['generate']['stop'])
   return ml_collections.ConfigDict(values).lock()
 
 

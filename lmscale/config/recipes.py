@@ -62,6 +62,14 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     raise ConfigError(f'--config: {path} is of another version of lmscale or was changed by hand: {error}') from error
 
 
+def change(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
+  """`config` with overrides (dotted field, text) applied in order. Raises ConfigError like `load`."""
+  values = parse.to_dict(config)
+  for field, text in overrides:
+    _override(values, field, text)
+  return parse.from_dict(values)
+
+
 def _follow_length(values: dict[str, Any], recipe: dict[str, Any]) -> None:
   """Where `values` make the run shorter than the recipe's, shortens its warm-up in proportion."""
   try:

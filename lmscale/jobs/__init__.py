@@ -10,11 +10,14 @@ from lmscale.config import Config
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A job as the command line needs to know it. together: several processes make one run. json: it can print JSON."""
+  """A job as the command line needs to know it. together: several processes make one run. json: it can print JSON.
+  trained: it uses the model in --workdir, whose config is the default. flags: those that only this job has."""
 
   help: str
   together: bool = False
   json: bool = False
+  trained: bool = False
+  flags: tuple[str, ...] = ()
 
 
 # The first is the default; the module `lmscale.jobs.<name>` does the work and is imported when it is asked for.
@@ -23,6 +26,10 @@ JOBS = {
   'plan': Job(
     'print parameters, FLOPs and bytes per device and allocate nothing; mesh.data counts as 1 where the config leaves it open',
     json=True,
+    flags=('svg', 'hardware', 'compile', 'suggest'),
+  ),
+  'generate': Job(
+    'continue --prompt=TEXT, or each line of --prompts=FILE, with the model in --workdir', trained=True, flags=('prompt', 'prompts', 'out')
   ),
 }
 

@@ -136,6 +136,19 @@ def open_model(folder: str | pathlib.Path) -> ModelFolder:
   return ModelFolder(pathlib.Path(folder).expanduser().absolute())
 
 
+def folder_config(folder: str | pathlib.Path) -> Config:
+  """`open_model(folder).config`, without a look at the checkpoints where there is a config.json: that would start JAX, and how
+  it is to be set up stands in the config.
+
+  Raises:
+    ConfigError: as `open_model`.
+  """
+  path = pathlib.Path(folder).expanduser().absolute()
+  _checkpoints(path)
+  found = read_config(path)
+  return _with_tokenizer_of(path, found) if found else open_model(path).config
+
+
 def abstract_params(setup: Setup, dtype: Any) -> tuple[dict[str, Any], stored.Index]:
   """({'params': ...} as a checkpoint stores it, shapes and shardings of setup's mesh; the index of its stacks)."""
   shapes = jax.eval_shape(lambda: model.init_runs(setup.config.model, setup.stacking, 0))

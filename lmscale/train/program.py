@@ -3,7 +3,7 @@
 Everything that touches devices is behind `Program`; the loop sees states, batches and numbers.
 """
 
-import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,10 +13,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from lmscale import processes
 from lmscale.config import Config
-from lmscale.generate.sample import make_compute_copy, make_generate
+from lmscale.generate.engine import Engine
+from lmscale.generate.generator import Generator, collect
+from lmscale.generate.weights import make_compute_copy
 from lmscale.models import model
+from lmscale.parallel.calling import Caller
 from lmscale.parallel.feed import Feed, Rows
 from lmscale.parallel.gradients import make_evaluate, make_gradients
 from lmscale.parallel.layout import map_layout
@@ -40,8 +42,7 @@ class Program:
     self.setup = make_setup(config, self.mesh)
     self._tx = make_optimizer(config.optimizer, map_layout(lambda leaf: decays(leaf.name, leaf.spec.shape), self.setup.layout))
     self._feed = Feed(config, self.mesh)
-    self._emulated = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == 'cpu'
-    self._programs: dict[Any, Any] = {}
+    self._run = Caller(self.setup)
     loss, whole = model.next_token_loss(config.model, config.train.loss_chunk), self._feed.whole
     step = make_step(config, self._tx, make_gradients(self.setup, loss))
     self._step = jax.jit(step, donate_argnums=0, out_shardings=(self._state, whole))
@@ -73,7 +74,7 @@ class Program:
     """
     batch = self._feed.abstract(self.config.train.batch // self.rows_per_microbatch)
     batch['learning_rate'] = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._feed.whole)
-    with jax.set_mesh(self.mesh), self._precision():
+    with self._run.context():
       traced = self._step.trace(self.abstract_state(), batch)
       return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
 
@@ -96,10 +97,12 @@ class Program:
     self, state: TrainState, prompt: list[int], steps: int, temperature: float, seed: int, ids: int | None = None
   ) -> list[int]:
     """`steps` tokens after `prompt`, all below `ids` (the tokenizer's size); temperature 0 is greedy."""
-    generate = self._generate(len(prompt), steps, temperature, ids)
-    params = self._run(self._compute_copy, state.params)
-    tokens = self._run(generate, params, jnp.asarray([prompt], jnp.int32), jax.random.key(seed))
-    return np.asarray(tokens)[0].tolist()
+    options = dataclasses.replace(self.config.generate, tokens=steps, temperature=temperature)
+    self._engine.params = self._run(self._compute_copy, state.params)
+    try:
+      return collect(Generator(self._engine, ids).generate([prompt], options, seed), 1)[0].ids
+    finally:
+      self._engine.params = None
 
   @functools.cached_property
   def index(self) -> Index:
@@ -131,29 +134,6 @@ class Program:
     """The parameters of a state from their part of `stored`."""
     return stored.stacked(tree, self.setup.stacking)
 
-  def _run(self, function: Any, *args: Any) -> Any:
-    with jax.set_mesh(self.mesh), self._precision():
-      if processes.count() > 1:
-        function = self._compiled(function, *args)
-      result = function(*args)
-    # Emulated CPU devices share one thread pool, in which two programs in flight could each hold the threads that the
-    # other's collectives wait for.
-    return jax.block_until_ready(result) if self._emulated else result
-
-  def _compiled(self, function: Any, *args: Any) -> Any:
-    """`function` (jitted, always called with the same shapes) compiled, by every process.
-
-    Gloo waits 30 seconds for the other processes to come to a collective: less than compiling may take one of them longer.
-    """
-    if function not in self._programs:
-      self._programs[function] = function.lower(*args).compile()
-      processes.wait_for_all(f'compiled {len(self._programs)}')
-    return self._programs[function]
-
-  def _precision(self) -> contextlib.AbstractContextManager:
-    """float32 means float32: accelerators would otherwise multiply it in TF32 or bfloat16."""
-    return contextlib.nullcontext() if self.setup.dtype == jnp.bfloat16 else jax.default_matmul_precision('highest')
-
   def _fresh(self) -> TrainState:
     params = model.init_runs(self.config.model, self.setup.stacking, self.config.seed, self.setup.master_dtype)
     zero = jnp.zeros((), jnp.int32)
@@ -173,6 +153,6 @@ class Program:
     )
     return TrainState(params=params, opt_state=opt_state, **dict.fromkeys(BOOKKEEPING, whole))
 
-  @functools.cache  # noqa: B019 (a program lives as long as its run)
-  def _generate(self, prompt: int, steps: int, temperature: float, ids: int | None) -> Any:
-    return jax.jit(make_generate(self.setup, prompt, steps, temperature, ids))
+  @functools.cached_property
+  def _engine(self) -> Engine:
+    return Engine(self.setup, None, self._run)

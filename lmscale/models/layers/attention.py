@@ -16,7 +16,10 @@ from lmscale.models.params import normal
 
 
 class Attention(Layer):
-  """Keys and values of earlier tokens are read from the cache, token i of a row's cache in its place i."""
+  """Keys and values of earlier tokens are read from the cache, token i of a row's cache in its place i.
+
+  There heads come before places: a head's keys lie together, as the products with one query read them, and nothing is copied.
+  """
 
   symbol, title, section = '*', 'attention', 'attention'
 
@@ -34,10 +37,9 @@ class Attention(Layer):
       q_BTHP, k_BTGP = rope(config, q_BTHP, ctx.positions), rope(config, k_BTGP, ctx.positions)
     where = {'segments': (ctx.segment_ids, TOKENS)}
     if cache is not None:
-      length = cache['k'].shape[1]
-      places_BT = cache_places(ctx, t, length)
-      k_BTGP, v_BTGP = _write(cache['k'], k_BTGP, places_BT), _write(cache['v'], v_BTGP, places_BT)
-      cache = {'k': k_BTGP, 'v': v_BTGP}
+      places_BT = cache_places(ctx, t, cache['k'].shape[2])
+      cache = {'k': _write(cache['k'], k_BTGP, places_BT), 'v': _write(cache['v'], v_BTGP, places_BT)}
+      k_BTGP, v_BTGP = (jnp.swapaxes(cache[name], 1, 2) for name in 'kv')
       where = {'places': (places_BT, TOKENS), 'first': (places_BT - ctx.positions, TOKENS)}
     k_BTGP, v_BTGP = cut_groups(k_BTGP, ctx), cut_groups(v_BTGP, ctx)
     operands = {'q': (q_BTHP, PER_HEAD), 'k': (k_BTGP, PER_HEAD), 'v': (v_BTGP, PER_HEAD), **where}
@@ -48,7 +50,7 @@ class Attention(Layer):
   @staticmethod
   def cache_specs(config: ModelConfig, batch: int, length: int, dtype: Any) -> dict[str, CacheSpec]:
     c = config.attention
-    spec = CacheSpec((batch, length, c.kv_heads, c.head_dim), dtype, ('batch', 'length', 'kv_heads', None))
+    spec = CacheSpec((batch, c.kv_heads, length, c.head_dim), dtype, ('batch', 'kv_heads', 'length', None))
     return {'k': spec, 'v': spec}
 
   @staticmethod
@@ -106,13 +108,13 @@ def cache_places(ctx: Context, t: int, length: int) -> jax.Array:
   return jnp.where(fits, places_BT, length + token)
 
 
-def _write(cache_BSGP: jax.Array, new_BTGP: jax.Array, places_BT: jax.Array) -> jax.Array:
+def _write(cache_BGSP: jax.Array, new_BTGP: jax.Array, places_BT: jax.Array) -> jax.Array:
   """Puts t new keys or values in their places, row by row; places outside the cache are left out."""
 
-  def write(row, new, places):
-    return row.at[places].set(new.astype(row.dtype), mode='drop', unique_indices=True)
+  def write(row_GSP, new_TGP, places):
+    return row_GSP.at[:, places].set(jnp.swapaxes(new_TGP, 0, 1).astype(row_GSP.dtype), mode='drop', unique_indices=True)
 
-  return jax.vmap(write)(cache_BSGP, new_BTGP, places_BT)
+  return jax.vmap(write)(cache_BGSP, new_BTGP, places_BT)
 
 
 def _attend(
