@@ -34,7 +34,7 @@ from lmscale import jobs, processes
 from lmscale.config import Config, recipes
 from lmscale.errors import ConfigError
 from lmscale.exit_codes import AGAIN, USER_ERROR
-from lmscale.plan.advice import is_out_of_memory, memory_advice
+from lmscale.plan.advice import generation_advice, is_out_of_memory, memory_advice
 from lmscale.processes.interrupt import AT_ONCE
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / 'configs' / 'quickstart.py'
@@ -192,7 +192,8 @@ def _run_job(argv: Sequence[str]) -> int:
     if config is None or not is_out_of_memory(error):
       raise
     reason = str(error).partition('\n')[0][:300] or 'the host has no memory left'
-    return _user_error(ConfigError(f'out of memory: {memory_advice(config)} ({reason})'), argv)
+    advice = (generation_advice if jobs.JOBS[flags.job].trained else memory_advice)(config)
+    return _user_error(ConfigError(f'out of memory: {advice} ({reason})'), argv)
   except OSError as error:
     if error.errno is None:
       raise

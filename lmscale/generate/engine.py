@@ -104,9 +104,9 @@ class Engine:
     )  # fmt: skip
 
   def put(self, values: np.ndarray, whole: bool = False) -> jax.Array:
-    """On the mesh, cut by rows or (`whole`) not at all."""
-    at = self._whole if whole else self._by_row
-    return jax.make_array_from_callback(np.shape(values), at, lambda index: np.asarray(values)[index])
+    """On the mesh, cut by rows or (`whole`) not at all. A copy: a CPU's array would share the memory of `values`."""
+    at, own = self._whole if whole else self._by_row, np.array(values)
+    return jax.make_array_from_callback(own.shape, at, lambda index: own[index])
 
   def cache_bytes(self, rows: int, length: int) -> int:
     """Of the caches, over all devices that hold different parts."""

@@ -46,7 +46,7 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   watch = Stopwatch()
   pieces = watch.through(continue_texts(generator, tokenizer, [prompt.ids for prompt in prompts], config.generate, config.seed))
   if out:
-    write_atomic(out, ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines(prompts, pieces)))
+    write_atomic(out, ''.join(json.dumps(line) + '\n' for line in lines(prompts, pieces)))
   else:
     stream(prompts, pieces)
   say(watch.describe(len(prompts)) + (f', in {out}' if out else ''), file=sys.stderr)
@@ -174,7 +174,7 @@ class Stopwatch:
 
   def describe(self, prompts: int) -> str:
     """One line for people."""
-    rest = self.last - self.first
-    rate = f', then {self.tokens / rate:,.1f} tokens/s' if rate > 0 else ''
+    seconds = self.last - self.first
+    rate = f', then {self.tokens / seconds:,.1f} tokens/s' if seconds > 0 else ''
     return (f'{prompts} prompt{"s" * (prompts != 1)}, {self.tokens:,} tokens: {self.first - self.began:.1f} s to the first '
             f'(compiling included){rate}')

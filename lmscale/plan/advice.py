@@ -10,6 +10,15 @@ def is_out_of_memory(error: BaseException) -> bool:
   return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in OUT_OF_MEMORY)
 
 
+def generation_advice(config: Config) -> str:
+  """The settings that would make generation smaller; one line."""
+  generate = config.generate
+  steps = [f'lower generate.batch (now {generate.batch})'] if generate.batch > 1 else []
+  steps += [f'lower generate.prefill_chunk (now {generate.prefill_chunk})'] if generate.prefill_chunk > 64 else []
+  steps += ['set train.compute_dtype=bfloat16'] if config.train.compute_dtype != 'bfloat16' else []
+  return '; or '.join([*steps, f'raise mesh.tensor (now {config.mesh.tensor}) on more devices', 'give shorter prompts'])
+
+
 def memory_advice(config: Config) -> str:
   """The settings that would make a step smaller, those first that cost no speed; one line."""
   train, mesh = config.train, config.mesh

@@ -53,12 +53,9 @@ def test_what_is_kept_after_a_step_is_what_one_pass_keeps(arch):
   """Each leaf of each row; two documents in a row, cut anywhere; an idle row keeps its keys."""
   it = engine(arch)
   documents = [[PROMPTS[2][:7], PROMPTS[4]], [PROMPTS[0]], [PROMPTS[3], PROMPTS[2]]]
-  row_tokens, row_positions, row_segments = (
-    [sum(parts, []) for parts in row]
-    for row in (
-      documents, [[list(range(len(d))) for d in row] for row in documents], [[[i] * len(d) for i, d in enumerate(row, 1)] for row in documents],
-    )
-  )  # fmt: skip
+  row_tokens = [[token for document in row for token in document] for row in documents]
+  row_positions = [[i for document in row for i in range(len(document))] for row in documents]
+  row_segments = [[number for number, document in enumerate(row, 1) for _ in document] for row in documents]
   caches, done = it.empty(3, LONGEST), np.zeros(3, np.int32)
   for counts in ((3, 3, 0), (2, 1, 3), (3, 0, 3), (3, 0, 3), (3, 0, 3), (0, 0, 2)):
     chunk = np.zeros((3, 3, 3), np.int32)
