@@ -669,6 +669,51 @@ cases(
 )  # fmt: skip
 
 
+GENERATE = '--job=generate'
+PROMPTS = (GENERATE, '--prompts=p.jsonl')
+trained = {'prepare': resumable}
+cases(
+  23,
+  ('nothing to continue', GENERATE, ('--prompt', 'one of --prompt=TEXT and --prompts=FILE'), trained),
+  ('two kinds of prompts', (*PROMPTS, '--prompt=a'), ('--prompt', 'one of'), trained),
+  ('prompt for training', '--prompt=a', ('--prompt', 'only with --job=generate')),
+  ('no run to generate from', (GENERATE, '--prompt=a'), ('run', 'no such folder', 'the folder of a run')),
+  ('a file for a run', (GENERATE, '--prompt=a', '--workdir=x.pt'), ('x.pt is a file', 'pickle'), {'files': {'x.pt': pickle.dumps({})}}),
+  ('a run without checkpoints', (GENERATE, '--prompt=a'), ('run has no checkpoints',),
+   {'prepare': after(lambda checkpoints: shutil.rmtree(checkpoints))}),
+  *((f'a bad line of prompts {i}', PROMPTS, ('p.jsonl:2: ', says), {'files': {'p.jsonl': b'{"text": "a"}\n' + line}, **trained})
+    for i, (line, says) in enumerate((
+      (b'{"text": ', 'broken JSON'), (b'\n{"text": "b"}', 'broken JSON'), (b'"\xff"', 'broken JSON'), (b'[' * 100_000, 'broken JSON'),
+      (b'[1]', 'one of "text" and "ids"'), (b'{"txt": "a"}', 'one of "text" and "ids"'),
+      (b'{"text": "a", "ids": [1]}', 'one of'), (b'{"text": "a", "text": "b"}', 'one of'), (b'{"text": 7}', '"text" must be a string'),
+      (b'{"ids": [1.5]}', 'integers from 0 to 256'), (b'{"ids": [true]}', 'integers'), (b'{"ids": [257]}', 'integers from 0 to 256'),
+      (b'{"ids": 5}', 'a list'), (b'{"ids": {"a": 1}}', 'a list'),
+    ))),
+  ('no lines of prompts', PROMPTS, ('p.jsonl has no lines',), {'files': {'p.jsonl': ''}, **trained}),
+  ('no file of prompts', PROMPTS, ('--prompts: p.jsonl', 'No such file'), trained),
+  ('a folder to write to', (GENERATE, '--prompt=a', '--out=run'), ('--out', 'run is a folder'), trained),
+  ('no folder to write in', (GENERATE, '--prompt=a', '--out=no/x.jsonl'), ('--out', 'there is no folder', 'no'), trained),
+  ('prompts to be written over', (*PROMPTS, '--out=p.jsonl'), ('--out', 'is the file of prompts'),
+   {'files': {'p.jsonl': '{"text": "a"}'}, **trained}),
+  ('continued beyond the positions', (GENERATE, '--prompt=seven b', '--config.generate.tokens=10',
+    '--config.model.positions=learned', '--config.model.max_positions=16'),
+   ('prompt 1: 7 tokens + generate.tokens 10 = 17', 'model.max_positions 16'), trained),
+  ('other parameters', (GENERATE, '--prompt=a', '--config.model.d_model=16'), ('model.d_model: 8 -> 16',), trained),
+  ('a mesh that the model does not fit', (GENERATE, '--prompt=a', '--config.mesh.tensor=3'), ('mesh', '8 devices', 'tensor 3'), trained),
+  *((f'generate.{field} {value}', (GENERATE, '--prompt=a', f'--config.generate.{field}={value}'), (f'generate.{field}', *says), trained)
+    for field, value, *says in (
+      ('tokens', '0', 'less than 1'), ('temperature', '-1', '[0, 100]'), ('temperature', 'nan'), ('top_k', '-1', 'less than 0'),
+      ('top_p', '0', '(0, 1]'), ('top_p', '1.5', '(0, 1]'), ('batch', '0'), ('prefill_chunk', '0'), ('stop', '[""]', 'empty text'),
+      ('stop', 'x', 'a JSON list'), ('stop', '[7]', 'a string'),
+    )),
+)  # fmt: skip
+cases(
+  12,
+  ("generating with other than the run's", (GENERATE, '--prompt=a', *TOKENIZER), ('data.tokenizer', 'was trained with tokenizer.json-v'),
+   {'prepare': other_tokenizer, 'changes': ('../cache',)}),
+)  # fmt: skip
+
+
 def blend(*weights: float) -> str:
   sources = [{'name': f'{i}', 'kind': 'text', 'path': 'text.txt', 'weight': w} for i, w in enumerate(weights)]
   return f'--config.data.sources={json.dumps(sources)}'

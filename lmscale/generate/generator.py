@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmscale.config import ConfigError, GenerateConfig
+from lmscale.config import ConfigError, GenerateConfig, ModelConfig
 from lmscale.generate.choose import Sampling
 from lmscale.generate.engine import IDLE, STATE, Engine
 
@@ -52,25 +52,10 @@ class Generator:
       ConfigError: an empty prompt, ids that the model has not, or more tokens than it has positions.
     """
     prompts = [np.asarray(prompt, np.int64) for prompt in prompts]
-    for index, prompt in enumerate(prompts):
-      self._check(index, prompt, options)
+    check_prompts(self.engine.setup.config.model, prompts, options)
     rows = round_up(min(options.batch, max(len(prompts), 1)), self.engine.ranks)
     for first in range(0, len(prompts), rows):
       yield from _Batch(self, prompts[first : first + rows], first, rows, options, seed, end, watch).run()
-
-  def _check(self, index: int, prompt: np.ndarray, options: GenerateConfig) -> None:
-    config = self.engine.setup.config.model
-    if not len(prompt):
-      raise ConfigError(f'prompt {index + 1}: no tokens; begin with the token that ends a document')
-    if prompt.min() < 0 or prompt.max() >= config.vocab:
-      raise ConfigError(f'prompt {index + 1}: ids from {prompt.min()} to {prompt.max()}, the model has 0 to {config.vocab - 1}')
-    total = len(prompt) + options.tokens
-    if config.positions == 'learned' and total > config.max_positions:
-      raise ConfigError(
-        f'prompt {index + 1}: {len(prompt)} tokens + generate.tokens {options.tokens} = {total} exceed model.max_positions '
-        f'{config.max_positions}; generate fewer or shorten the prompt'
-      )
-
 
 
 class _Batch:
@@ -134,6 +119,21 @@ class _Batch:
       finish = 'stop' if stopped else 'length' if number == self._options.tokens - 1 else ''
       self._live[row] = not finish
       yield Drawn(prompt, token, finish)
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], options: GenerateConfig) -> None:
+  """Raises ConfigError where a model cannot continue one of the prompts."""
+  for number, prompt in enumerate(prompts, 1):
+    if not len(prompt):
+      raise ConfigError(f'prompt {number}: no tokens; begin with the token that ends a document')
+    if min(prompt) < 0 or max(prompt) >= config.vocab:
+      raise ConfigError(f'prompt {number}: ids from {min(prompt)} to {max(prompt)}, the model has 0 to {config.vocab - 1}')
+    total = len(prompt) + options.tokens
+    if config.positions == 'learned' and total > config.max_positions:
+      raise ConfigError(
+        f'prompt {number}: {len(prompt)} tokens + generate.tokens {options.tokens} = {total} exceed model.max_positions '
+        f'{config.max_positions}; generate fewer or shorten the prompt'
+      )
 
 
 def collect(drawn: Iterable[Drawn], prompts: int) -> list[Continuation]:

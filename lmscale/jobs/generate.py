@@ -14,7 +14,7 @@ from lmscale.data.tokenizer import Tokenizer, fitting_tokenizer
 from lmscale.errors import ConfigError
 from lmscale.exit_codes import DONE
 from lmscale.generate.engine import Engine
-from lmscale.generate.generator import Generator
+from lmscale.generate.generator import Generator, check_prompts
 from lmscale.generate.text import Piece, continue_texts, encode_prompt
 from lmscale.generate.weights import generation_setup
 from lmscale.jobs.devices import count_devices
@@ -35,6 +35,7 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   """Continues the prompts of `flags` with the model in flags.workdir. Everything that can be wrong is looked at before arrays are read."""
   tokenizer = fitting_tokenizer(config)
   prompts, out = find_prompts(flags, tokenizer), check_out(flags)
+  check_prompts(config.model, [prompt.ids for prompt in prompts], config.generate)
   config = on_all_devices(config)
   folder = open_model(flags.workdir)
   check_tokenizer(folder, tokenizer, config)
