@@ -1,10 +1,11 @@
-"""Train a language model, plan a training run, or generate with a trained model.
+"""Train a language model, plan a training run, generate with a trained model, or score it.
 
   python run.py                                          the quickstart, a few minutes on a laptop
   python run.py --config=configs/mamba_study.py:arch=mamba2,size=tiny --config.train.steps=100
   python run.py --config=configs/megatron_gpt.py:size=1t --job=plan --config.mesh.data=6
   python run.py --config=runs/quickstart/config.json --workdir=runs/again
   python run.py --job=generate --workdir=runs/quickstart --prompt='def '
+  python run.py --job=eval --workdir=runs/quickstart --tasks=phonebook,induction --lengths=256,512
 
 The same command with the same --workdir resumes. Several processes make one run: see docs/clusters.md. Exit codes:
 
@@ -56,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     '--config',
     metavar='FILE[:ARG]',
     help='a recipe (.py, with its argument after a colon) or a saved config.json; default: quickstart, or with --job=generate '
-    'the config of the run in --workdir',
+    'and --job=eval the config of the run in --workdir',
   )
   parser.add_argument(
     '--config.FIELD=VALUE',
@@ -110,6 +111,16 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--out', metavar='FILE', help='write JSON lines with prompt, ids, text and finish instead of printing (with --job=generate)'
   )
+  parser.add_argument('--tasks', metavar='NAME,NAME', help='what to score the model on (with --job=eval)')
+  parser.add_argument('--data', metavar='FOLDER', help='where data sets lie as JSON lines (with --job=eval)')
+  parser.add_argument('--lengths', metavar='N,N', help='tokens of synthetic tasks (with --job=eval); default: 1024')
+  parser.add_argument('--haystack', metavar='FILE', help="text in which needles are hidden (with --job=eval); default: Python's help topics")
+  for name, text in (
+    ('samples', 'of each task at most so many, drawn; default: all of a file, 100 of a synthetic task'),
+    ('shots', 'examples to show before a standard question; default: 0'),
+    ('context', 'tokens that the model reads at most; default: train.seq_len, or the longest of --lengths'),
+  ):
+    parser.add_argument(f'--{name}', type=int, default=0, metavar='N', help=f'{text} (with --job=eval)')
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   return parser
 

@@ -21,9 +21,10 @@ MAY = {  # part of lmscale -> the parts that it may import, beside itself and `e
   'parallel': MODEL | {'batch', 'processes'},
   'plan': MODEL | {'parallel'},
   'generate': MODEL | {'parallel', 'data'},
+  'eval': MODEL | {'data', 'generate', 'parallel'},
   'interop': BELOW_TRAIN | {'train'},
   'train': BELOW_TRAIN | {'generate'},  # samples are drawn while a run trains
-  'jobs': BELOW_TRAIN | {'generate', 'interop', 'train'},
+  'jobs': BELOW_TRAIN | {'eval', 'generate', 'interop', 'train'},
 }
 NOT_HERE = {  # part -> packages and names that it does not know
   'config': ('jax', 'flax', 'optax', 'orbax'),

@@ -31,6 +31,9 @@ JOBS = {
   'generate': Job(
     'continue --prompt=TEXT, or each line of --prompts=FILE, with the model in --workdir', trained=True, flags=('prompt', 'prompts', 'out')
   ),
+  'eval': Job(
+    'score the model in --workdir on --tasks', trained=True, flags=('tasks', 'data', 'lengths', 'haystack', 'samples', 'shots', 'context')
+  ),
 }
 
 

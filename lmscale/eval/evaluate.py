@@ -1,0 +1,163 @@
+"""Tasks for a model: from their names to numbers, with what is needed to know later where those are from."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmscale.data.synthetic.dice import Dice
+from lmscale.data.synthetic.tasks import VERSION
+from lmscale.errors import ConfigError
+from lmscale.eval.metrics import mean, standard_error
+from lmscale.eval.requests import Model, ask
+from lmscale.eval.tasks import files, long, made, standard
+from lmscale.eval.tasks.sample import Sample, text
+
+TEXT = 'text'  # the task of texts themselves: how likely is each, per byte and per token
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """data: the folder of data sets. samples: of each task, 0 for all that there are (of synthetic ones, DEFAULT). shots: examples shown before
+  a standard question. tokens: lengths of synthetic tasks. haystack: text in which needles are hidden; '': Python's help topics."""
+
+  data: pathlib.Path | None = None
+  samples: int = 0
+  shots: int = 0
+  tokens: tuple[int, ...] = (1024,)
+  haystack: str = ''
+  seed: int = 0
+
+
+DEFAULT = 100
+
+
+def task_names() -> list[str]:
+  """All that can be asked for."""
+  return [*standard.TASKS, *long.TASKS, *made.known(), TEXT]
+
+
+def check_tasks(names: Sequence[str]) -> None:
+  """Raises ConfigError for a name that is none, or none at all."""
+  known = task_names()
+  if not names:
+    raise ConfigError(f'--tasks: none; give some of {", ".join(known)}')
+  for name in names:
+    if name not in known:
+      raise ConfigError(f'--tasks: {name!r} is no task; known: {", ".join(known)}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """The samples of a task, and the digest of the file that they are from ('' where it is none)."""
+
+  samples: list[Sample]
+  digest: str
+
+
+def prepare(name: str, model: Model, options: Options) -> Asked:
+  """The samples of a task. Raises ConfigError where they cannot be had."""
+  if name in made.known():
+    material, digest = made.material(name, options.haystack, options.data)
+    count = options.samples or DEFAULT
+    lengths = [made.samples(name, model, tokens, count, options.seed, material) for tokens in options.tokens]
+    return Asked([sample for of_length in lengths for sample in of_length], digest or f'synthetic {VERSION}')
+  if options.data is None:
+    raise ConfigError(f'task {name}: it is read from a folder; give it as --data=FOLDER')
+  if name == TEXT:
+    data = files.read(options.data, TEXT, {'text': str}, name)
+    return Asked([text(doc['text']) for doc in _some(data.docs, options)], data.digest)
+  if name in long.TASKS:
+    make, _ = long.TASKS[name]
+    data = files.read(options.data, name, long.COLUMNS, name)
+    chosen = files.DataSet(_some(data.docs, options), data.digest)
+    return Asked(files.each(chosen, make, f'{name}.jsonl'), data.digest)
+  return _prepare_standard(name, options)
+
+
+def _prepare_standard(name: str, options: Options) -> Asked:
+  task = standard.TASKS[name]
+  data = files.read(options.data, task.file, task.columns, name)
+  chosen = files.DataSet(_some(data.docs, options), data.digest)
+  shown = _shown(name, task, options)
+  return Asked(files.each(chosen, lambda doc: task.make(doc, shown(doc)), f'{task.file}.jsonl'), data.digest)
+
+
+def _shown(name: str, task: standard.Standard, options: Options) -> Callable[[files.Doc], str]:
+  """The examples before a question, as text: the first of the file that fit it."""
+  if not options.shots:
+    return lambda doc: ''
+  pool = files.read(options.data, f'{task.file}_shots', task.columns, name).docs
+
+  def of(doc: files.Doc) -> str:
+    fitting = [other for other in pool if not task.by or other[task.by] == doc[task.by]][: options.shots]
+    if len(fitting) < options.shots:
+      raise ValueError(f'{options.shots} examples to show, {task.file}_shots.jsonl has {len(fitting)} that fit')
+    return ''.join(f'{task.shown(other)}\n\n' for other in fitting)
+
+  return of
+
+
+def _some(docs: list[files.Doc], options: Options) -> list[files.Doc]:
+  """All, or so many of them, drawn."""
+  if not options.samples or options.samples >= len(docs):
+    return docs
+  chosen = Dice('samples', options.seed).distinct(options.samples, len(docs))
+  return [docs[i] for i in sorted(chosen)]
+
+
+def run_task(name: str, model: Model, asked: Asked) -> dict[str, Any]:
+  """The scores of a task: {metric, metric_stderr, samples}, JSON-able; of synthetic ones also by length, and by depth where they have one."""
+  requests = [request for sample in asked.samples for request in sample.requests]
+  answers = iter(ask(model, requests))
+  scored = [sample.score([next(answers) for _ in sample.requests]) for sample in asked.samples]
+  if name == TEXT:
+    return _text_scores(scored) | {'digest': asked.digest}
+  found = _scores(scored)
+  lengths = dict.fromkeys(sample.facts['length'] for sample in asked.samples if 'length' in sample.facts)
+  if lengths:
+    of = {n: [(sample, score) for sample, score in zip(asked.samples, scored, strict=True) if sample.facts['length'] == n] for n in lengths}
+    found['by_length'] = {str(n): _scores([score for _, score in pairs]) | _by_depth(pairs) for n, pairs in of.items()}
+  return found | {'digest': asked.digest}
+
+
+def _scores(scored: Sequence[dict[str, float]]) -> dict[str, Any]:
+  found: dict[str, Any] = {}
+  for metric in scored[0]:
+    values = [score[metric] for score in scored]
+    error = standard_error(values)
+    found |= {metric: mean(values), f'{metric}_stderr': None if math.isnan(error) else error}
+  return found | {'samples': len(scored)}
+
+
+def _by_depth(pairs: Sequence[tuple[Sample, dict[str, float]]], parts: int = 5) -> dict[str, Any]:
+  """The mean accuracy where what is asked for lies in each fifth of the text; None of none."""
+  if not all('depth' in sample.facts for sample, _ in pairs):
+    return {}
+  of: list[list[float]] = [[] for _ in range(parts)]
+  for sample, score in pairs:
+    of[min(int(sample.facts['depth'] * parts), parts - 1)].append(score['acc'])
+  return {'acc_by_depth': [mean(values) if values else None for values in of]}
+
+
+def _text_scores(scored: Sequence[dict[str, float]]) -> dict[str, Any]:
+  """Of all texts together. The errors of the ratios are those of their numerators, given the denominators."""
+  sums = {name: math.fsum(score[name] for score in scored) for name in ('nats', 'tokens', 'bytes')}
+  loss, bits = sums['nats'] / max(sums['tokens'], 1), sums['nats'] / math.log(2) / max(sums['bytes'], 1)
+  residuals = [score['nats'] - loss * score['tokens'] for score in scored]
+  error = standard_error(residuals) * len(scored) / max(sums['tokens'], 1)
+  known = not math.isnan(error)
+  return {
+    'loss': loss, 'loss_stderr': error if known else None, 'perplexity': math.exp(min(loss, 700)), 'bits_per_byte': bits,
+    'bits_per_byte_stderr': error / math.log(2) * sums['tokens'] / max(sums['bytes'], 1) if known else None, 'samples': len(scored),
+  }  # fmt: skip
+
+
+def metric_of(name: str) -> str:
+  """The metric of a task that a table shows."""
+  if name in standard.TASKS:
+    return standard.TASKS[name].metric
+  if name in long.TASKS:
+    return long.TASKS[name][1]
+  return 'bits_per_byte' if name == TEXT else 'acc'

@@ -1,0 +1,194 @@
+"""Asks a model of ours. Texts that share their beginning are read once up to there, and its caches copied to each.
+
+How texts become tokens follows what is usual (lm-evaluation-harness): spaces at the end of a context go to what follows it, both are
+tokenised together and cut where the context alone ends, and an empty context is the token that ends a document.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from lmscale.config import Config, GenerateConfig
+from lmscale.data.tokenizer import Tokenizer
+from lmscale.eval.requests import Continuation, Likelihood, Rolling, Writing
+from lmscale.generate.engine import ROWS, Engine
+from lmscale.generate.generator import Generator, cache_length, round_up
+from lmscale.generate.text import continue_texts, encode_prompt
+from lmscale.models import model
+from lmscale.parallel.mesh import MANUAL
+from lmscale.parallel.rules import make_constrain, make_rules
+
+TOKENS_AT_A_TIME = 64  # of each row, whose logits exist together
+
+
+class Pair(tuple):
+  """(ids before, ids that are scored) of one request, at least one each."""
+
+
+class Scorer:
+  """A model with its tokenizer. context: tokens that it reads at most; longer texts lose their beginning, and `truncated` counts them."""
+
+  def __init__(self, engine: Engine, tokenizer: Tokenizer, options: GenerateConfig, context: int):
+    self._engine, self._tokenizer, self._options, self.context = engine, tokenizer, options, context
+    self._generator = Generator(engine, tokenizer.size)
+    self._rows = round_up(options.batch, engine.ranks)
+    self._likelihoods = jax.jit(
+      jax.shard_map(
+        functools.partial(_likelihoods, engine.setup.config, tokenizer.size), mesh=engine.setup.mesh, in_specs=(PartitionSpec(), ROWS, ROWS),
+        out_specs=(ROWS, ROWS), axis_names=set(MANUAL), check_vma=False,
+      )
+    )  # fmt: skip
+    self.truncated = 0
+
+  def count(self, text: str) -> int:
+    """The tokens of a text."""
+    return len(self._tokenizer.encode(text))
+
+  def continuations(self, requests: Sequence[Continuation]) -> list[Likelihood]:
+    """See `requests.Continuation`."""
+    return self._score([self.encode_pair(request.context, request.text) for request in requests])
+
+  def rolling(self, requests: Sequence[Rolling]) -> list[Likelihood]:
+    """See `requests.Rolling`. Texts longer than the context are read in windows, each token predicted once and, but for those of the
+    first window, from as many tokens before it as there are in a window or more."""
+    parts = [self.windows([int(i) for i in self._tokenizer.encode(request.text)]) for request in requests]
+    found = iter(self._score([pair for pairs in parts for pair in pairs]))
+    sums = []
+    for pairs in parts:
+      answers = [next(found) for _ in pairs]
+      sums.append(Likelihood(sum(a.logp for a in answers), all(a.greedy for a in answers), sum(a.tokens for a in answers)))
+    return sums
+
+  def write(self, requests: Sequence[Writing]) -> list[str]:
+    """See `requests.Writing`."""
+    texts = [''] * len(requests)
+    kinds = dict.fromkeys((request.until, request.tokens) for request in requests)
+    for until, tokens in kinds:
+      chosen = [i for i, request in enumerate(requests) if (request.until, request.tokens) == (until, tokens)]
+      prompts = [self._cut(encode_prompt(self._tokenizer, requests[i].context), tokens) for i in chosen]
+      order = sorted(range(len(chosen)), key=lambda j: len(prompts[j]))  # those of a length are read together
+      options = dataclasses.replace(self._options, tokens=tokens, stop=until, temperature=0.0)
+      for piece in continue_texts(self._generator, self._tokenizer, [prompts[j] for j in order], options, seed=0):
+        texts[chosen[order[piece.prompt]]] += piece.text
+    return texts
+
+  def encode_pair(self, context: str, text: str) -> Pair:
+    """The ids of a context and of the text behind it."""
+    bare = context.rstrip()
+    both = [int(i) for i in self._tokenizer.encode(context + text)]
+    before = len(self._tokenizer.encode(bare))
+    if not before:
+      return Pair(([self._tokenizer.end], both))
+    return Pair((both[:before], both[before:]))
+
+  def windows(self, ids: list[int]) -> list[Pair]:
+    """A text cut so that each of its tokens is scored once."""
+    size = self.context
+    pairs = [Pair(([self._tokenizer.end], ids[:size]))] if ids else []
+    for start in range(size, len(ids), size):
+      stop = min(start + size, len(ids))
+      pairs.append(Pair((ids[stop - size - 1 : start], ids[start:stop])))
+    return pairs
+
+  def _cut(self, prompt: list[int], tokens: int) -> list[int]:
+    room = max(self.context - tokens, 1)
+    self.truncated += len(prompt) > room
+    return prompt[-room:]
+
+  def _score(self, pairs: Sequence[Pair]) -> list[Likelihood]:
+    """Of each pair. Those with the same tokens before share their prefix, which is read once."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    cut = [self._fit(pair) for pair in pairs]
+    for i, (before, _) in enumerate(cut):
+      groups.setdefault(tuple(before[:-1]), []).append(i)
+    found: dict[int, Likelihood] = {i: Likelihood(0.0, True, 0) for i, (_, scored) in enumerate(cut) if not scored}
+    prefixes = sorted(groups, key=lambda prefix: (len(prefix), prefix))
+    for first in range(0, len(prefixes), self._rows):
+      part = prefixes[first : first + self._rows]
+      found |= self._score_batch(part, [(row, i, cut[i]) for row, prefix in enumerate(part) for i in groups[prefix] if cut[i][1]])
+    return [found[i] for i in range(len(pairs))]
+
+  def _fit(self, pair: Pair) -> Pair:
+    """With at most `context` tokens read; the last is only predicted."""
+    before, scored = pair
+    if len(before) + len(scored) <= self.context + 1:
+      return pair
+    self.truncated += 1
+    scored = scored[-self.context :]
+    return Pair((before[-(self.context + 1 - len(scored)) :], scored))
+
+  def _score_batch(self, prefixes: list[tuple[int, ...]], members: list[tuple[int, int, Pair]]) -> dict[int, Likelihood]:
+    """members: (row of its prefix, index, pair), scored `rows` at a time."""
+    if not members:
+      return {}
+    longest = max(len(prefixes[row]) + len(scored) for row, _, (_, scored) in members)
+    width = min(self._options.prefill_chunk, cache_length(longest))
+    caches = self._engine.empty(self._rows, cache_length(longest))
+    counts = np.array([*map(len, prefixes), *[0] * (self._rows - len(prefixes))], np.int32)
+    caches, _ = self._read(caches, prefixes, np.zeros(self._rows, np.int32), width, None)
+    found: dict[int, Likelihood] = {}
+    members = sorted(members, key=lambda member: len(member[2][1]))
+    for first in range(0, len(members), self._rows):
+      part = members[first : first + self._rows]
+      sources = np.zeros(self._rows, np.int32)
+      sources[: len(part)] = [row for row, _, _ in part]
+      texts = [(before[-1], *scored[:-1]) for _, _, (before, scored) in part]
+      labels = [scored for _, _, (_, scored) in part]
+      _, scores = self._read(self._engine.repeat(caches, sources), texts, counts[sources], width, labels)
+      for (_, i, (_, scored)), (logps, greedy) in zip(part, scores, strict=True):
+        found[i] = Likelihood(float(logps.sum()), bool(greedy.all()), len(scored))
+    return found
+
+  def _read(
+    self, caches: object, texts: Sequence[Sequence[int]], held: np.ndarray, width: int, labels: Sequence[Sequence[int]] | None
+  ) -> tuple[object, list[tuple[np.ndarray, np.ndarray]]]:
+    """Reads a text into each row behind the `held` tokens there, `width` at a time.
+
+    Returns (caches; with labels, the tokens that follow each, (log-probability float64, whether it is the likeliest) of each).
+    """
+    lengths = np.array([*map(len, texts), *[0] * (self._rows - len(texts))], np.int32)
+    width = min(width, 1 << int(max(lengths.max(), 1) - 1).bit_length())
+    parts = []
+    for start in range(0, int(lengths.max()), width):
+      tokens, wanted = np.zeros((2, self._rows, width), np.int32)
+      for row, text in enumerate(texts):
+        part = text[start : start + width]
+        tokens[row, : len(part)] = part
+        if labels is not None:
+          wanted[row, : len(part)] = labels[row][start : start + width]
+      places = start + np.arange(width, dtype=np.int32)[None]
+      real = places < lengths[:, None]
+      hidden, caches = self._engine.prefill(
+        caches, tokens, (held[:, None] + places).astype(np.int32), real.astype(np.int32), held + np.minimum(lengths, start)
+      )
+      if labels is not None:
+        parts.append(self._engine.call(self._likelihoods, self._engine.params, hidden, self._engine.put(wanted)))
+    if labels is None:
+      return caches, []
+    logps, greedy = (np.concatenate([np.asarray(part[k]) for part in parts], axis=1) for k in (0, 1))
+    return caches, [(logps[row, :n].astype(np.float64), greedy[row, :n]) for row, n in enumerate(map(len, texts))]
+
+
+def _likelihoods(config: Config, ids: int, params: object, hidden_BTD: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(log-probability float32, whether none of the tokenizer's ids is likelier) of each label, some tokens at a time."""
+  constrain = make_constrain(config, make_rules(config))
+  b, t, d = hidden_BTD.shape
+  size = min(TOKENS_AT_A_TIME, t)
+  padded = -(-t // size) * size
+  hidden = jnp.pad(hidden_BTD, ((0, 0), (0, padded - t), (0, 0))).reshape(b, -1, size, d).swapaxes(0, 1)
+  labels = jnp.pad(labels_BT, ((0, 0), (0, padded - t))).reshape(b, -1, size).swapaxes(0, 1)
+
+  def some(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    hidden, labels = inputs
+    logits = constrain(model.logits(config.model, params, hidden), ('batch', None, None))
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < ids, logits, -jnp.inf)
+    logps = jax.nn.log_softmax(logits, axis=-1)
+    return jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0], jnp.argmax(logits, axis=-1) == labels
+
+  found = jax.lax.map(some, (hidden, labels))
+  return tuple(part.swapaxes(0, 1).reshape(b, -1)[:, :t] for part in found)

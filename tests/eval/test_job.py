@@ -1,0 +1,77 @@
+"""`--job=eval`: a folder of a model in, scores in it."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+import run
+from lmscale.config import GenerateConfig
+from lmscale.data.tokenizer import ByteTokenizer
+from lmscale.models import model
+from lmscale.train.model_folder import write_model
+from lmscale.train.streamed import Pending
+
+MODEL = tiny.change(tiny.MODEL, pattern='M*', vocab=264)
+PIQA = {'goal': 'Open it.', 'sol1': 'Turn it.', 'sol2': 'Eat it.', 'label': 0}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('model')
+  config = tiny.change(tiny.config(tiny.ONE, MODEL), generate=GenerateConfig(batch=8, prefill_chunk=64))
+  tree = model.init_layers(MODEL, 0)
+  leaves = {f'params/layers/{i}/{name}': leaf for i, layer in enumerate(tree.pop('layers')) for name, leaf in layer.items()}
+  leaves |= {f'params/{part}/{name}': leaf for part, rest in tree.items() for name, leaf in rest.items()}
+  arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+  pending = {name: Pending(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}
+  write_model(folder / 'run', config, pending, {}, tokenizer=ByteTokenizer.identity, step=3)
+  (folder / 'piqa.jsonl').write_text(''.join(json.dumps(PIQA) + '\n' for _ in range(3)))
+  return folder
+
+
+def results(folder, *flags):
+  code = run.main(['--job=eval', f'--workdir={folder / "run"}', f'--data={folder}', '--samples=2', *flags])
+  return code, json.loads((folder / 'run' / 'eval' / '3' / 'results.json').read_text())
+
+
+def test_scores_are_kept_task_by_task(folder, capsys):
+  code, found = results(folder, '--tasks=piqa,phonebook', '--lengths=256,320', '--context=300')
+  assert code == 0 and list(found['tasks']) == ['piqa', 'phonebook']
+  piqa, book = found['tasks']['piqa'], found['tasks']['phonebook']
+  assert {'acc', 'acc_stderr', 'acc_norm', 'samples', 'truncated', 'seconds', 'digest', 'options'} <= set(piqa)
+  assert piqa['samples'] == 2 and len(piqa['digest']) == 64 and piqa['options']['context'] == 300
+  assert book['samples'] == 4 and book['truncated'] == 2  # those of 320 tokens
+  assert found['config']['model']['d_model'] == 16 and 'jax' in str(found['environment'])
+  assert {path.name for path in (folder / 'run' / 'eval' / '3').iterdir()} == {'results.json', 'length.svg', 'depth.svg'}
+  out = capsys.readouterr().out
+  assert 'piqa ' in out and '2 samples' in out and '2 cut at their beginning' in out
+  code, again = results(folder, '--tasks=copy', '--lengths=64')
+  assert code == 0 and list(again['tasks']) == ['piqa', 'phonebook', 'copy'] and again['tasks']['piqa'] == piqa
+
+
+@pytest.mark.parametrize(
+  'flags,message',
+  [
+    (['--tasks=arc'], "--tasks: 'arc' is no task; known: winogrande"),
+    ([], '--tasks: none; give some of winogrande'),
+    (['--tasks=race'], 'task race: no file '),
+    (['--tasks=copy', '--lengths=1k'], "--lengths: '1k'; give numbers of tokens"),
+    (['--tasks=copy', '--shots=-1'], '--shots: -1; give 0 or more'),
+    (['--tasks=copy', '--haystack=/nowhere/x'], '--haystack: /nowhere/x: No such file'),
+    (['--tasks=cwe', '--lengths=100'], 'task cwe: 100 tokens are too few'),
+  ],
+)
+def test_what_cannot_be_scored_is_one_line_and_makes_nothing(folder, flags, message, capsys, tmp_path):
+  for name in ('config.json', 'checkpoints'):
+    (tmp_path / name).symlink_to(folder / 'run' / name)
+  assert run.main(['--job=eval', f'--workdir={tmp_path}', f'--data={folder}', *flags]) == 2
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  assert line.startswith(f'error: {message}')
+  assert not (tmp_path / 'eval').exists()
+
+
+def test_flags_of_the_job_are_refused_elsewhere(capsys):
+  assert run.main(['--tasks=copy']) == 2
+  assert '--tasks: only with --job=eval' in capsys.readouterr().err
