@@ -37,11 +37,11 @@ def results(folder, *flags):
 
 
 def test_scores_are_kept_task_by_task(folder, capsys):
-  code, found = results(folder, '--tasks=piqa,phonebook', '--lengths=256,320', '--context=300')
+  code, found = results(folder, '--tasks=piqa,phonebook', '--lengths=256,320', '--context=280')
   assert code == 0 and list(found['tasks']) == ['piqa', 'phonebook']
   piqa, book = found['tasks']['piqa'], found['tasks']['phonebook']
   assert {'acc', 'acc_stderr', 'acc_norm', 'samples', 'truncated', 'seconds', 'digest', 'options'} <= set(piqa)
-  assert piqa['samples'] == 2 and len(piqa['digest']) == 64 and piqa['options']['context'] == 300
+  assert piqa['samples'] == 2 and len(piqa['digest']) == 64 and piqa['options']['context'] == 280
   assert book['samples'] == 4 and book['truncated'] == 2  # those of 320 tokens
   assert found['config']['model']['d_model'] == 16 and 'jax' in str(found['environment'])
   assert {path.name for path in (folder / 'run' / 'eval' / '3').iterdir()} == {'results.json', 'length.svg', 'depth.svg'}
