@@ -32,7 +32,6 @@ from lmscale.parallel.mesh import MANUAL
 from lmscale.parallel.rules import make_constrain, make_local, make_rules, partition
 from lmscale.parallel.setup import Setup
 
-STACKED_ROWS = PartitionSpec(None, MANUAL)  # of a cache's leaves, behind the leading dim of their stack
 ROWS = PartitionSpec(MANUAL)
 IDLE = -1  # the slot of a row in which nothing is generated
 # Of each row, int32 [rows]: the token to read next, its position in its document, how many tokens the cache holds before it, the
@@ -55,11 +54,11 @@ class Engine:
     self._by_row, self._whole = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
     self.ranks = mesh.shape['pipe'] * mesh.shape['data']
     self._prefill = jax.jit(
-      self._over_mesh(self._prefill_rows, (PartitionSpec(), STACKED_ROWS, *[ROWS] * 4), (ROWS, STACKED_ROWS)),
+      self._over_mesh(self._prefill_rows, (PartitionSpec(), ROWS, *[ROWS] * 4), (ROWS, ROWS)),
       donate_argnums=1, out_shardings=(self._by_row, self._placed()),
     )  # fmt: skip
     self._repeat = jax.jit(
-      lambda caches, sources: jax.tree.map(lambda leaf: jnp.take(leaf, sources, axis=1), caches), out_shardings=self._placed()
+      lambda caches, sources: jax.tree.map(lambda leaf: jnp.take(leaf, sources, axis=0), caches), out_shardings=self._placed()
     )
 
   def empty(self, rows: int, length: int) -> Any:
@@ -97,9 +96,9 @@ class Engine:
   def step_program(self, sampling: Sampling, ids: int) -> Any:
     """The jitted step: of (params, caches, state, live, seed)."""
     step = functools.partial(self._step_rows, make_choose(sampling, ids))
-    specs = PartitionSpec(), STACKED_ROWS, ROWS, ROWS, PartitionSpec()
+    specs = PartitionSpec(), ROWS, ROWS, ROWS, PartitionSpec()
     return jax.jit(
-      self._over_mesh(step, specs, (ROWS, ROWS, STACKED_ROWS)),
+      self._over_mesh(step, specs, (ROWS, ROWS, ROWS)),
       donate_argnums=(1, 2), out_shardings=(self._whole, self._by_row, self._placed()),
     )  # fmt: skip
 
@@ -114,13 +113,13 @@ class Engine:
 
   def abstract(self, rows: int, length: int) -> Any:
     """Shapes, dtypes and shardings of the caches."""
-    shapes = jax.eval_shape(lambda: model.empty_caches(self.setup.config.model, self._stacking, rows, length, self.setup.dtype))
+    shapes = jax.eval_shape(self._empty(rows, length))
     return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, self._placed())
 
   @functools.cache  # noqa: B019
   def _empty(self, rows: int, length: int) -> Any:
-    make = functools.partial(model.empty_caches, self.setup.config.model, self._stacking, rows, length, self.setup.dtype)
-    return jax.jit(make, out_shardings=self._placed())
+    config, dtype = self.setup.config.model, self.setup.dtype
+    return jax.jit(lambda: _alone(model.empty_caches(config, self._stacking, rows, length, dtype)), out_shardings=self._placed())
 
   def _placed(self) -> tuple:
     """How each leaf of the caches is cut."""
@@ -128,7 +127,7 @@ class Engine:
 
     def stack(stack: Stack) -> dict[str, NamedSharding]:
       specs = LAYERS[stack.kind].cache_specs(config, 1, 1, self.setup.dtype)
-      return {name: NamedSharding(self.setup.mesh, PartitionSpec(None, *partition(spec.axes, rules))) for name, spec in specs.items()}
+      return {name: NamedSharding(self.setup.mesh, partition(spec.axes, rules)) for name, spec in specs.items()}
 
     return map_stacks(stack, self._stacking)
 
@@ -136,7 +135,7 @@ class Engine:
     self, params: Any, caches: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, slots: jax.Array
   ) -> tuple[jax.Array, Any]:
     ctx = Context(positions, segments, slots, **self._hooks)
-    return model.forward(self.setup.config.model, params, tokens, ctx, caches, self._stacking)
+    return self._forward(params, tokens, ctx, caches)
 
   def _step_rows(
     self, choose: Choose, params: Any, caches: Any, state: dict[str, jax.Array], live: jax.Array, seed: jax.Array
@@ -144,13 +143,23 @@ class Engine:
     slots = jnp.where(live, state['slots'], IDLE)
     ctx = Context(state['positions'][:, None], slots=slots, **self._hooks)
     config = self.setup.config.model
-    hidden, caches = model.forward(config, params, state['tokens'][:, None], ctx, caches, self._stacking)
+    hidden, caches = self._forward(params, state['tokens'][:, None], ctx, caches)
     logits = self._hooks['constrain'](model.logits(config, params, hidden[:, 0]), ('batch', None))
     chosen = choose(logits, row_keys(seed, state['prompts'], state['numbers']))
     further = {name: state[name] + 1 for name in ('positions', 'numbers')}
     return chosen, {**state, **further, 'tokens': chosen, 'slots': jnp.where(live, slots + 1, IDLE)}, caches
 
+  def _forward(self, params: Any, tokens: jax.Array, ctx: Context, caches: Any) -> tuple[jax.Array, Any]:
+    stacked = jax.tree.map(lambda leaf: leaf[None], caches)
+    hidden, stacked = model.forward(self.setup.config.model, params, tokens, ctx, stacked, self._stacking)
+    return hidden, _alone(stacked)
+
   def _over_mesh(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
     return jax.shard_map(
       function, mesh=self.setup.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(MANUAL), check_vma=False
     )
+
+
+def _alone(stacked: Any) -> Any:
+  """Caches of stacks of one layer without the leading dim: of another shape than the layer's they would not be updated in place."""
+  return jax.tree.map(lambda leaf: leaf[0], stacked)

@@ -52,7 +52,7 @@ def whole_pass(arch):
     ctx = plain_context(tokens[None], (jnp.arange(LONGEST) < count).astype(jnp.int32)[None])
     caches = model.empty_caches(c, stacking, 1, LONGEST, jnp.float64)
     hidden, caches = model.forward(c, params, tokens[None], ctx.replace(slots=jnp.zeros(1, jnp.int32)), caches, stacking)
-    return model.logits(c, params, hidden[0]), caches
+    return model.logits(c, params, hidden[0]), jax.tree.map(lambda leaf: leaf[0], caches)
 
   return run
 

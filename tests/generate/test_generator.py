@@ -45,7 +45,7 @@ def test_every_architecture_and_chunk(arch, chunks):
 
 
 def leaf_of_row(caches, row):
-  return {jax.tree_util.keystr(path): np.asarray(leaf)[0, row] for path, leaf in jax.tree_util.tree_leaves_with_path(caches)}
+  return {jax.tree_util.keystr(path): np.asarray(leaf)[row] for path, leaf in jax.tree_util.tree_leaves_with_path(caches)}
 
 
 @pytest.mark.parametrize('arch', PATTERNS)

@@ -42,7 +42,7 @@ def _attention(q, k, v, queries, keys):
   def body(_, inputs):
     q, queries = inputs
     weights = _weights(q, k, queries, keys)
-    return None, _einsum('bgrts,bsgd->btgrd', weights.astype(v.dtype), v).astype(q.dtype)
+    return None, _weighted(weights.astype(v.dtype), v).astype(q.dtype)
 
   return jax.lax.scan(body, None, (q, queries))[1]
 
@@ -87,6 +87,15 @@ def _weights(q, k, queries, keys):
   # A finite bound, not -inf: a row without visible keys makes no NaN, which jax_debug_nans would report.
   scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min / 2)
   return jnp.where(jnp.any(visible, axis=-1, keepdims=True), jax.nn.softmax(scores, axis=-1), 0)
+
+
+def _weighted(weights, v):
+  """bgrts,bsgd->btgrd with v as the right-hand side, whose rows are read as they lie: einsum turns it round, which copies a cache."""
+  b, g, r, t, s = weights.shape
+  acc = jnp.promote_types(jnp.float32, v.dtype)
+  dims = ((3,), (2,)), ((0, 1), (0, 1))
+  out = jax.lax.dot_general(weights.reshape(b, g, r * t, s), jnp.swapaxes(v, 1, 2), dims, preferred_element_type=acc)
+  return jnp.moveaxis(out.reshape(b, g, r, t, -1), 3, 1)
 
 
 def _einsum(formula, *operands):

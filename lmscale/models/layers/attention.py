@@ -110,11 +110,16 @@ def cache_places(ctx: Context, t: int, length: int) -> jax.Array:
 
 def _write(cache_BGSP: jax.Array, new_BTGP: jax.Array, places_BT: jax.Array) -> jax.Array:
   """Puts t new keys or values in their places, row by row; places outside the cache are left out."""
+  new_BGTP = jnp.swapaxes(new_BTGP, 1, 2).astype(cache_BGSP.dtype)
+  if places_BT.shape == (1, 1):
+    # XLA would make an update of a scatter of one index, put it into each use of the cache, and copy that for it. The second
+    # index has no place.
+    new_BGTP, places_BT = jnp.tile(new_BGTP, (1, 1, 2, 1)), jnp.pad(places_BT, ((0, 0), (0, 1)), constant_values=cache_BGSP.shape[2] + 1)
 
-  def write(row_GSP, new_TGP, places):
-    return row_GSP.at[:, places].set(jnp.swapaxes(new_TGP, 0, 1).astype(row_GSP.dtype), mode='drop', unique_indices=True)
+  def write(row_GSP, new_GTP, places):
+    return row_GSP.at[:, places].set(new_GTP, mode='drop', unique_indices=True)
 
-  return jax.vmap(write)(cache_BGSP, new_BTGP, places_BT)
+  return jax.vmap(write)(cache_BGSP, new_BGTP, places_BT)
 
 
 def _attend(
