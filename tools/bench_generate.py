@@ -279,6 +279,7 @@ def ratios(rows: list[dict]) -> list[str]:
   """Measured and by bytes: Transformer / hybrid, and for each model without attention its longest context / its shortest."""
   found = {(r['arch'], r['batch'], r['context']): r for r in rows}
   lines = ['', '| batch | context | Transformer / hybrid, measured | by bytes moved |', '|---|---|---|---|']
+  lines = lines if {'transformer', 'hybrid'} <= {arch for arch, _, _ in found} else []
   for (arch, batch, context), r in found.items():
     other = found.get(('hybrid', batch, context))
     if arch == 'transformer' and other:
