@@ -70,6 +70,36 @@ class ByteTokenizer:
     return len(ids)
 
 
+class IdsAlone:
+  """Stands for a tokenizer that nobody knows: there are ids and no texts. A text that is decoded shows them."""
+
+  identity, end = 'unknown', -1
+
+  def __init__(self, size: int):
+    self.size = size
+
+  def encode(self, text: bytes | str) -> np.ndarray:
+    """Raises ConfigError: no text can be read."""
+    raise ConfigError('the model came without a tokenizer, so a text has no ids: give ids, or name its tokenizer by '
+                      '--config.data.tokenizer=FILE')
+
+  def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    """Raises ConfigError for any text."""
+    return [self.encode(text) for text in texts]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The ids, a space after each."""
+    return ''.join(f'{int(i)} ' for i in ids)
+
+  def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+    """`decode` of each array of ids."""
+    return [self.decode(ids) for ids in batch]
+
+  def text_bytes(self, ids: np.ndarray) -> int:
+    """Unknown."""
+    return -1
+
+
 def get_tokenizer(name: str, end: str = '') -> Tokenizer:
   """The tokenizer that `data.tokenizer` names: `bytes`, a tokenizer.json or a .model. Raises ConfigError for others.
 

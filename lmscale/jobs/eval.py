@@ -9,7 +9,6 @@ from typing import Any
 
 from lmscale import config as config_lib
 from lmscale.config import Config
-from lmscale.data.tokenizer import fitting_tokenizer
 from lmscale.errors import ConfigError
 from lmscale.eval import evaluate
 from lmscale.eval.plots import draw
@@ -17,7 +16,7 @@ from lmscale.eval.scorer import Scorer
 from lmscale.exit_codes import DONE
 from lmscale.generate.engine import Engine
 from lmscale.generate.weights import generation_setup
-from lmscale.jobs.generate import check_tokenizer, on_all_devices
+from lmscale.jobs.generate import check_tokenizer, find_tokenizer, on_all_devices
 from lmscale.train.console import say
 from lmscale.train.model_folder import open_model
 from lmscale.train.workdir import environment, write_atomic
@@ -33,9 +32,9 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   names = list(dict.fromkeys(name for name in (flags.tasks or '').split(',') if name))
   evaluate.check_tasks(names)
   options = find_options(flags, config)
-  tokenizer = fitting_tokenizer(config)
   config = on_all_devices(config)
   folder = open_model(flags.workdir)
+  tokenizer = find_tokenizer(config, folder)
   check_tokenizer(folder, tokenizer, config)
   context = flags.context or max([config.train.seq_len, *(options.tokens if any(name in evaluate.made.known() for name in names) else ())])
   setup = generation_setup(config)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from lmscale.config import Config, MeshConfig, check_tensor, fill_data
-from lmscale.data.tokenizer import Tokenizer, fitting_tokenizer
+from lmscale.data.tokenizer import IdsAlone, Tokenizer, fitting_tokenizer
 from lmscale.errors import ConfigError
 from lmscale.exit_codes import DONE
 from lmscale.generate.engine import Engine
@@ -33,11 +33,11 @@ class Prompt(NamedTuple):
 
 def run(config: Config, flags: argparse.Namespace) -> int:
   """Continues the prompts of `flags` with the model in flags.workdir. Everything that can be wrong is looked at before arrays are read."""
-  tokenizer = fitting_tokenizer(config)
-  prompts, out = find_prompts(flags, tokenizer), check_out(flags)
-  check_prompts(config.model, [prompt.ids for prompt in prompts], config.generate)
   config = on_all_devices(config)
   folder = open_model(flags.workdir)
+  tokenizer = find_tokenizer(config, folder)
+  prompts, out = find_prompts(flags, tokenizer), check_out(flags)
+  check_prompts(config.model, [prompt.ids for prompt in prompts], config.generate)
   check_tokenizer(folder, tokenizer, config)
   setup = generation_setup(config)
   generator = Generator(Engine(setup, folder.params(setup, setup.dtype)), tokenizer.size)
@@ -60,6 +60,13 @@ def on_all_devices(config: Config) -> Config:
   alone = fill_data(alone, count_devices(config))
   check_tensor(alone)
   return alone
+
+
+def find_tokenizer(config: Config, folder: ModelFolder) -> Tokenizer:
+  """The config's; of an imported model that came without one, and for which none is named, ids alone."""
+  if folder.about and folder.tokenizer is None and config.data.tokenizer == 'bytes':
+    return IdsAlone(config.model.vocab)
+  return fitting_tokenizer(config)
 
 
 def check_tokenizer(folder: ModelFolder, tokenizer: Tokenizer, config: Config) -> None:

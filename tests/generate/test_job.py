@@ -27,15 +27,19 @@ FLAGS = ('--config.generate.tokens=12', '--config.generate.temperature=1.5', '--
 def folder(tmp_path_factory):
   """A model in bfloat16 that was trained on a mesh of four."""
   folder = tmp_path_factory.mktemp('model')
-  config = tiny.change(tiny.config(MeshConfig(2, 1, 2, 1), MODEL, compute_dtype='bfloat16'), generate=GenerateConfig(top_k=50))
-  tree = model.init_layers(MODEL, 0)
+  write(folder, MODEL, {}, ByteTokenizer.identity)
+  (folder / 'p.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in PROMPTS))
+  return folder
+
+
+def write(folder, shape, about, tokenizer):
+  config = tiny.change(tiny.config(MeshConfig(2, 1, 2, 1), shape, compute_dtype='bfloat16'), generate=GenerateConfig(top_k=50))
+  tree = model.init_layers(shape, 0)
   leaves = {f'params/layers/{i}/{name}': leaf for i, layer in enumerate(tree.pop('layers')) for name, leaf in layer.items()}
   leaves |= {f'params/{part}/{name}': leaf for part, rest in tree.items() for name, leaf in rest.items()}
   arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
   pending = {name: Pending(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}
-  write_model(folder / 'run', config, pending, {}, tokenizer=ByteTokenizer.identity, step=3)
-  (folder / 'p.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in PROMPTS))
-  return folder
+  write_model(folder / 'run', config, pending, about, tokenizer=tokenizer, step=3)
 
 
 @pytest.fixture
@@ -96,3 +100,16 @@ def test_the_config_of_the_run_is_the_default(folder):
   flags, overrides = run.parse_flags(['--job=generate'])
   with pytest.raises(config_lib.ConfigError, match='--workdir: give the folder of a run'):
     run.load_config(flags, overrides)
+
+
+def test_a_model_that_came_without_a_tokenizer_reads_ids(tmp_path, capsys):
+  """Whatever the size of its vocabulary: nobody knows what its ids mean."""
+  write(tmp_path, tiny.change(MODEL, vocab=40), {'from': 'elsewhere'}, None)
+  (tmp_path / 'p.jsonl').write_text('{"ids": [3, 9]}\n')
+  assert command(tmp_path, f'--prompts={tmp_path / "p.jsonl"}', f'--out={tmp_path / "o.jsonl"}') == 0
+  line = json.loads((tmp_path / 'o.jsonl').read_text())
+  assert len(line['ids']) == 12 and all(0 <= i < 40 for i in line['ids']) and line['finish'] == 'length'
+  assert line['text'] == ''.join(f'{i} ' for i in line['ids'])
+  capsys.readouterr()
+  assert command(tmp_path, '--prompt=a') == 2
+  assert 'the model came without a tokenizer, so a text has no ids' in capsys.readouterr().err
