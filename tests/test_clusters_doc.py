@@ -24,7 +24,7 @@ def test_scripts_parse_and_their_run_py_flags_exist(script):
   assert commands
   for command in commands:
     flags, overrides = run.parse_flags(shlex.split(command.replace('$i', '1').replace('\\\n', ' ')))
-    run.recipes.load(str(run.DEFAULT_CONFIG.parents[1] / flags.config), overrides)
+    run.recipes.load(str(run.DEFAULT_CONFIG.parents[1] / (flags.config or run.DEFAULT_CONFIG)), overrides)
 
 
 def test_the_jobset_starts_the_processes_it_says():
@@ -32,7 +32,7 @@ def test_the_jobset_starts_the_processes_it_says():
   indexed = job['template']['spec']
   (container,) = indexed['template']['spec']['containers']
   flags, overrides = run.parse_flags(container['args'])
-  run.recipes.load(str(run.DEFAULT_CONFIG.parents[1] / flags.config), overrides)
+  run.recipes.load(str(run.DEFAULT_CONFIG.parents[1] / (flags.config or run.DEFAULT_CONFIG)), overrides)
   environ = {entry['name']: entry['value'] for entry in container['env']} | {'JOB_COMPLETION_INDEX': '3'}
   name = JOBSET['metadata']['name']
   assert find_cluster(vars(flags), environ) == Cluster(f'{name}-{job["name"]}-0-0.{name}:7777', 4, 3)

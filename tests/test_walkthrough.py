@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch):
   return tmp_path
 
 
-@pytest.mark.parametrize('arch', PATTERNS)
+@pytest.mark.parametrize('arch', [arch if arch == 'hybrid' else pytest.param(arch, marks=pytest.mark.slow) for arch in PATTERNS])
 def test_the_commands_of_the_walk(folder, arch, capsys):
   written = []
   for command in COMMANDS:
