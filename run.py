@@ -85,6 +85,13 @@ def make_parser() -> argparse.ArgumentParser:
     metavar='SECONDS',
     help='several processes: how much later than each other they may start; default: %(default).0f',
   )
+  for add in (_add_plan_flags, _add_generate_flags, _add_eval_flags):
+    add(parser)
+  parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+  return parser
+
+
+def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--json', action='store_true', help='print JSON (with --job=plan)')
   parser.add_argument('--svg', metavar='FILE', help='draw the timetable of a pipeline (with --job=plan)')
   parser.add_argument(
@@ -104,6 +111,9 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--suggest', type=int, metavar='DEVICES', help='print the fastest meshes of so many devices that fit (with --job=plan); of --hardware, or H100'
   )
+
+
+def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--prompt', metavar='TEXT', help='what to continue (with --job=generate)')
   parser.add_argument(
     '--prompts', metavar='FILE', help='JSON lines {"text": ...} or {"ids": [...]}, each to continue (with --job=generate)'
@@ -111,6 +121,9 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--out', metavar='FILE', help='write JSON lines with prompt, ids, text and finish instead of printing (with --job=generate)'
   )
+
+
+def _add_eval_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--tasks', metavar='NAME,NAME', help='what to score the model on (with --job=eval)')
   parser.add_argument('--data', metavar='FOLDER', help='where data sets lie as JSON lines (with --job=eval)')
   parser.add_argument('--lengths', metavar='N,N', help='tokens of synthetic tasks (with --job=eval); default: 1024')
@@ -121,8 +134,6 @@ def make_parser() -> argparse.ArgumentParser:
     ('context', 'tokens that the model reads at most; default: train.seq_len, or the longest of --lengths'),
   ):
     parser.add_argument(f'--{name}', type=int, default=0, metavar='N', help=f'{text} (with --job=eval)')
-  parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
-  return parser
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:

@@ -49,7 +49,7 @@ def write_source(folder: pathlib.Path, model: ModelConfig, shard_size: int) -> l
   def random(tensor: mapping.Tensor) -> np.ndarray:
     return np.random.default_rng(len(tensor.name)).standard_normal(tensor.shape, np.float32).astype(dtype)
 
-  tensors = [ToWrite(t.name, t.shape, dtype, lambda t=t: random(t)) for t in mapping.tensors('llama', model)]
+  tensors = [ToWrite(t.shape, dtype, lambda t=t: random(t), t.name) for t in mapping.tensors('llama', model)]
   write_shards(folder, tensors, shard_size)
   write_json(folder / 'config.json', write_config(model, 4096))
   return [tensor.nbytes for tensor in tensors]

@@ -11,7 +11,7 @@ from lmscale.data.synthetic.tasks import VERSION
 from lmscale.errors import ConfigError
 from lmscale.eval.metrics import mean, standard_error
 from lmscale.eval.requests import Model, ask
-from lmscale.eval.tasks import files, long, made, standard
+from lmscale.eval.tasks import files, long, standard, synthetic
 from lmscale.eval.tasks.sample import Sample, text
 
 TEXT = 'text'  # the task of texts themselves: how likely is each, per byte and per token
@@ -35,7 +35,7 @@ DEFAULT = 100
 
 def task_names() -> list[str]:
   """All that can be asked for."""
-  return [*standard.TASKS, *long.TASKS, *made.known(), TEXT]
+  return [*standard.TASKS, *long.TASKS, *synthetic.NAMES, TEXT]
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -58,10 +58,10 @@ class Asked:
 
 def prepare(name: str, model: Model, options: Options) -> Asked:
   """The samples of a task. Raises ConfigError where they cannot be had."""
-  if name in made.known():
-    material, digest = made.material(name, options.haystack, options.data)
+  if name in synthetic.NAMES:
+    material, digest = synthetic.material(name, options.haystack, options.data)
     count = options.samples or DEFAULT
-    lengths = [made.samples(name, model, tokens, count, options.seed, material) for tokens in options.tokens]
+    lengths = [synthetic.samples(name, model, tokens, count, options.seed, material) for tokens in options.tokens]
     return Asked([sample for of_length in lengths for sample in of_length], digest or f'synthetic {VERSION}')
   if options.data is None:
     raise ConfigError(f'task {name}: it is read from a folder; give it as --data=FOLDER')

@@ -7,6 +7,7 @@ tokenised together and cut where the context alone ends, and an empty context is
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from lmscale.data.tokenizer import Tokenizer
 from lmscale.eval.requests import Continuation, Likelihood, Rolling, Writing
 from lmscale.generate.engine import ROWS, Engine
 from lmscale.generate.generator import Generator, cache_length, round_up
+from lmscale.generate.ragged import chunks, cut
 from lmscale.generate.text import continue_texts, encode_prompt
 from lmscale.models import model
 from lmscale.parallel.mesh import MANUAL
@@ -26,8 +28,11 @@ from lmscale.parallel.rules import make_constrain, make_rules
 TOKENS_AT_A_TIME = 64  # of each row, whose logits exist together
 
 
-class Pair(tuple):
-  """(ids before, ids that are scored) of one request, at least one each."""
+class Pair(NamedTuple):
+  """The ids of one request. before: at least one."""
+
+  before: list[int]
+  scored: list[int]
 
 
 class Scorer:
@@ -54,8 +59,8 @@ class Scorer:
     return self._score([self.encode_pair(request.context, request.text) for request in requests])
 
   def rolling(self, requests: Sequence[Rolling]) -> list[Likelihood]:
-    """See `requests.Rolling`. Texts longer than the context are read in windows, each token predicted once and, but for those of the
-    first window, from as many tokens before it as there are in a window or more."""
+    """See `requests.Rolling`. Texts longer than the context are read in windows of it that predict each token once; the last one
+    begins as early as it can."""
     parts = [self.windows([int(i) for i in self._tokenizer.encode(request.text)]) for request in requests]
     found = iter(self._score([pair for pairs in parts for pair in pairs]))
     sums = []
@@ -83,16 +88,16 @@ class Scorer:
     both = [int(i) for i in self._tokenizer.encode(context + text)]
     before = len(self._tokenizer.encode(bare))
     if not before:
-      return Pair(([self._tokenizer.end], both))
-    return Pair((both[:before], both[before:]))
+      return Pair([self._tokenizer.end], both)
+    return Pair(both[:before], both[before:])
 
   def windows(self, ids: list[int]) -> list[Pair]:
     """A text cut so that each of its tokens is scored once."""
     size = self.context
-    pairs = [Pair(([self._tokenizer.end], ids[:size]))] if ids else []
+    pairs = [Pair([self._tokenizer.end], ids[:size])] if ids else []
     for start in range(size, len(ids), size):
       stop = min(start + size, len(ids))
-      pairs.append(Pair((ids[stop - size - 1 : start], ids[start:stop])))
+      pairs.append(Pair(ids[stop - size - 1 : start], ids[start:stop]))
     return pairs
 
   def _cut(self, prompt: list[int], tokens: int) -> list[int]:
@@ -103,14 +108,14 @@ class Scorer:
   def _score(self, pairs: Sequence[Pair]) -> list[Likelihood]:
     """Of each pair. Those with the same tokens before share their prefix, which is read once."""
     groups: dict[tuple[int, ...], list[int]] = {}
-    cut = [self._fit(pair) for pair in pairs]
-    for i, (before, _) in enumerate(cut):
+    fitted = [self._fit(pair) for pair in pairs]
+    for i, (before, _) in enumerate(fitted):
       groups.setdefault(tuple(before[:-1]), []).append(i)
-    found: dict[int, Likelihood] = {i: Likelihood(0.0, True, 0) for i, (_, scored) in enumerate(cut) if not scored}
+    found: dict[int, Likelihood] = {i: Likelihood(0.0, True, 0) for i, (_, scored) in enumerate(fitted) if not scored}
     prefixes = sorted(groups, key=lambda prefix: (len(prefix), prefix))
     for first in range(0, len(prefixes), self._rows):
       part = prefixes[first : first + self._rows]
-      found |= self._score_batch(part, [(row, i, cut[i]) for row, prefix in enumerate(part) for i in groups[prefix] if cut[i][1]])
+      found |= self._score_batch(part, [(row, i, fitted[i]) for row, prefix in enumerate(part) for i in groups[prefix] if fitted[i].scored])
     return [found[i] for i in range(len(pairs))]
 
   def _fit(self, pair: Pair) -> Pair:
@@ -120,15 +125,15 @@ class Scorer:
       return pair
     self.truncated += 1
     scored = scored[-self.context :]
-    return Pair((before[-(self.context + 1 - len(scored)) :], scored))
+    return Pair(before[-(self.context + 1 - len(scored)) :], scored)
 
   def _score_batch(self, prefixes: list[tuple[int, ...]], members: list[tuple[int, int, Pair]]) -> dict[int, Likelihood]:
     """members: (row of its prefix, index, pair), scored `rows` at a time."""
     if not members:
       return {}
     longest = max(len(prefixes[row]) + len(scored) for row, _, (_, scored) in members)
-    width = min(self._options.prefill_chunk, cache_length(longest))
-    caches = self._engine.empty(self._rows, cache_length(longest))
+    length = cache_length(longest)
+    caches, width = self._engine.empty(self._rows, length), min(self._options.prefill_chunk, length)
     counts = np.array([*map(len, prefixes), *[0] * (self._rows - len(prefixes))], np.int32)
     caches, _ = self._read(caches, prefixes, np.zeros(self._rows, np.int32), width, None)
     found: dict[int, Likelihood] = {}
@@ -151,23 +156,12 @@ class Scorer:
 
     Returns (caches; with labels, the tokens that follow each, (log-probability float64, whether it is the likeliest) of each).
     """
-    lengths = np.array([*map(len, texts), *[0] * (self._rows - len(texts))], np.int32)
-    width = min(width, 1 << int(max(lengths.max(), 1) - 1).bit_length())
     parts = []
-    for start in range(0, int(lengths.max()), width):
-      tokens, wanted = np.zeros((2, self._rows, width), np.int32)
-      for row, text in enumerate(texts):
-        part = text[start : start + width]
-        tokens[row, : len(part)] = part
-        if labels is not None:
-          wanted[row, : len(part)] = labels[row][start : start + width]
-      places = start + np.arange(width, dtype=np.int32)[None]
-      real = places < lengths[:, None]
-      hidden, caches = self._engine.prefill(
-        caches, tokens, (held[:, None] + places).astype(np.int32), real.astype(np.int32), held + np.minimum(lengths, start)
-      )
+    for chunk in chunks(texts, held, width):
+      hidden, caches = self._engine.prefill(caches, *chunk[1:])
       if labels is not None:
-        parts.append(self._engine.call(self._likelihoods, self._engine.params, hidden, self._engine.put(wanted)))
+        wanted = self._engine.put(cut(labels, chunk.start, chunk.tokens.shape))
+        parts.append(self._engine.call(self._likelihoods, self._engine.params, hidden, wanted))
     if labels is None:
       return caches, []
     logps, greedy = (np.concatenate([np.asarray(part[k]) for part in parts], axis=1) for k in (0, 1))

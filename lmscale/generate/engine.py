@@ -87,7 +87,7 @@ class Engine:
     """Reads every row's next token and picks the one after it.
 
     state: see `STATE`, by `put`. live: bool [rows], by `put`; the other rows are idle from now on: nothing is written for them
-    and what is picked for them means nothing. seed: int32, by `put`. ids: the tokenizer's size.
+    and what is picked for them means nothing. seed: uint32, by `put`. ids: the tokenizer's size.
     Returns (the picked tokens, int32 [rows], whole on every device; the state for the next step; the caches).
     """
     return self.call(self.step_program(sampling, ids), self.params, caches, state, live, seed)

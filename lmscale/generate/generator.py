@@ -9,6 +9,7 @@ import numpy as np
 from lmscale.config import ConfigError, GenerateConfig, ModelConfig
 from lmscale.generate.choose import Sampling
 from lmscale.generate.engine import IDLE, STATE, Engine
+from lmscale.generate.ragged import chunks
 
 ROOM = 256  # tokens by which a cache grows at least, so that programs are used again
 
@@ -73,7 +74,7 @@ class _Batch:
     caches, state = self.prefill()
     options, engine = self._options, self._engine
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    seed, live, unread = engine.put(np.int32(self._seed), whole=True), engine.put(self._live), None
+    seed, live, unread = engine.put(np.uint32(self._seed % 2**32), whole=True), engine.put(self._live), None
     for number in range(options.tokens):
       chosen, state, caches = engine.step(caches, state, live, seed, sampling, self._ids)
       if unread is not None:
@@ -90,17 +91,10 @@ class _Batch:
     """Reads all but each prompt's last token, which the first step reads."""
     counts = np.zeros(self._rows, np.int32)
     counts[: len(self._prompts)] = [len(prompt) - 1 for prompt in self._prompts]
-    longest = int(counts.max())
-    width = min(self._options.prefill_chunk, 1 << max(longest - 1, 0).bit_length())
-    caches = self._engine.empty(self._rows, max(cache_length(longest + 1 + self._options.tokens), width))
-    for start in range(0, longest, width):
-      positions = np.broadcast_to(start + np.arange(width, dtype=np.int32), (self._rows, width))
-      segments = (positions < counts[:, None]).astype(np.int32)
-      tokens = np.zeros((self._rows, width), np.int32)
-      for row, prompt in enumerate(self._prompts):
-        part = prompt[start : min(start + width, counts[row])]
-        tokens[row, : len(part)] = part
-      _, caches = self._engine.prefill(caches, tokens, positions, segments, np.minimum(counts, start).astype(np.int32))
+    length = cache_length(int(counts.max()) + 1 + self._options.tokens)
+    caches, width = self._engine.empty(self._rows, length), min(self._options.prefill_chunk, length)
+    for chunk in chunks([prompt[:-1] for prompt in self._prompts], np.zeros_like(counts), width):
+      _, caches = self._engine.prefill(caches, *chunk[1:])
     return caches, {name: self._engine.put(values) for name, values in self._begin(counts).items()}
 
   def _begin(self, counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -151,4 +145,5 @@ def cache_length(tokens: int) -> int:
 
 
 def round_up(number: int, unit: int) -> int:
+  """The least multiple of `unit` that is not below `number`."""
   return -(-number // unit) * unit

@@ -117,7 +117,7 @@ def _to_write(tensor: mapping.Tensor, rows: Rows, dtype: str) -> ToWrite:
         raise ConfigError(f'{tensor.name}: a value of {part.name} is beyond {made}; export with --dtype=fp32')
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-  return ToWrite(tensor.name, tensor.shape, made, load)
+  return ToWrite(tensor.shape, made, load, tensor.name)
 
 
 def _one(dtypes: set[np.dtype]) -> np.dtype:

@@ -7,7 +7,6 @@ and their numbers one after another, row by row. Where everything lies follows f
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lmscale.interop.folder import DTYPES, INDEX, SINGLE, SUMS
+from lmscale.train.streamed import Pending
 
 NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
 ALIGNED = 8  # bytes: the numbers begin at a multiple of it
@@ -23,17 +23,10 @@ LARGEST_PIECE = 64 << 20  # bytes hashed and written at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class ToWrite:
-  """A tensor to be written. load(): the array, of this shape and dtype."""
+class ToWrite(Pending):
+  """A tensor to be written, under a name."""
 
   name: str
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  load: Callable[[], np.ndarray]
-
-  @property
-  def nbytes(self) -> int:
-    return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_shards(

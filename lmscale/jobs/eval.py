@@ -13,6 +13,7 @@ from lmscale.errors import ConfigError
 from lmscale.eval import evaluate
 from lmscale.eval.plots import draw
 from lmscale.eval.scorer import Scorer
+from lmscale.eval.tasks import synthetic
 from lmscale.exit_codes import DONE
 from lmscale.generate.engine import Engine
 from lmscale.generate.weights import generation_setup
@@ -36,7 +37,7 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   folder = open_model(flags.workdir)
   tokenizer = find_tokenizer(config, folder)
   check_tokenizer(folder, tokenizer, config)
-  context = flags.context or max([config.train.seq_len, *(options.tokens if any(name in evaluate.made.known() for name in names) else ())])
+  context = find_context(flags, config, names, options)
   setup = generation_setup(config)
   model = Scorer(Engine(setup, folder.params(setup, setup.dtype)), tokenizer, config.generate, context)
   asked = {name: evaluate.prepare(name, model, options) for name in names}
@@ -66,6 +67,18 @@ def find_options(flags: argparse.Namespace, config: Config) -> evaluate.Options:
     raise ConfigError(f'--data: {data} is no folder')
   haystack = read_haystack(flags.haystack) if flags.haystack else ''
   return evaluate.Options(data, flags.samples, flags.shots, tuple(map(int, lengths)), haystack, config.seed)
+
+
+def find_context(flags: argparse.Namespace, config: Config, names: list[str], options: evaluate.Options) -> int:
+  """Tokens that the model reads at most. Raises ConfigError where it has no positions for them."""
+  lengths = options.tokens if set(names) & set(synthetic.NAMES) else ()
+  context = flags.context or max(config.train.seq_len, *lengths, 0)
+  if config.model.positions == 'learned' and context > config.model.max_positions:
+    raise ConfigError(
+      f'--context: {context} tokens exceed model.max_positions {config.model.max_positions}, which are learned; give '
+      f'--context={config.model.max_positions} or shorter --lengths'
+    )
+  return context
 
 
 def read_haystack(name: str) -> str:

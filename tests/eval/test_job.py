@@ -9,6 +9,9 @@ import tiny
 import run
 from lmscale.config import GenerateConfig
 from lmscale.data.tokenizer import ByteTokenizer
+from lmscale.errors import ConfigError
+from lmscale.eval.evaluate import Options
+from lmscale.jobs.eval import find_context
 from lmscale.models import model
 from lmscale.train.model_folder import write_model
 from lmscale.train.streamed import Pending
@@ -70,6 +73,14 @@ def test_what_cannot_be_scored_is_one_line_and_makes_nothing(folder, flags, mess
   (line,) = capsys.readouterr().err.strip().splitlines()
   assert line.startswith(f'error: {message}')
   assert not (tmp_path / 'eval').exists()
+
+
+def test_a_context_beyond_learned_positions_is_refused():
+  config = tiny.config(model=tiny.change(MODEL, positions='learned', max_positions=64))
+  flags, options = run.parse_flags(['--job=eval'])[0], Options(tokens=(48, 80))
+  assert find_context(flags, config, ['piqa'], options) == 16  # train.seq_len
+  with pytest.raises(ConfigError, match='--context: 80 tokens exceed model.max_positions 64, which are learned; give --context=64'):
+    find_context(flags, config, ['copy'], options)
 
 
 def test_flags_of_the_job_are_refused_elsewhere(capsys):

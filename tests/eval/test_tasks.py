@@ -8,7 +8,7 @@ import pytest
 from lmscale.errors import ConfigError
 from lmscale.eval import evaluate
 from lmscale.eval.requests import Continuation, Likelihood, Rolling, Writing, ask
-from lmscale.eval.tasks import made, standard
+from lmscale.eval.tasks import standard, synthetic
 
 ARC = {'question': 'What is 1 + 1?', 'choices': {'text': ['one', 'two', 'three'], 'label': ['A', 'B', 'C']}, 'answerKey': 'B'}
 MMLU = {'question': 'What burns?', 'subject': 'high_school_physics', 'choices': ['stone', 'wood', 'water', 'air'], 'answer': 1}
@@ -149,7 +149,7 @@ def test_synthetic_tasks():
   assert nothing['acc'] == 0 and nothing['digits'] < 0.5
   assert scores('niah_multivalue', Knowing('nothing'), samples=3, tokens=(900,))['acc'] == 0
   assert scores('copy', Knowing('x'), samples=3, tokens=(50,))['acc'] == 1  # which says that all is the likeliest
-  assert set(made.known()) <= set(evaluate.task_names())
+  assert set(synthetic.NAMES) <= set(evaluate.task_names())
 
 
 def test_a_drawn_part_of_a_file_is_the_same_every_time(tmp_path):

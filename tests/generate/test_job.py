@@ -93,6 +93,14 @@ def test_text_as_it_is_made(folder, capsys, monkeypatch):
   assert [line for line in several.splitlines() if line.startswith('===')] == [f'=== prompt {i} of 4' for i in (1, 2, 3, 4)]
 
 
+def test_any_seed(folder, capsys):
+  texts = []
+  for seed in (0, 2**31, 2**32 - 1):
+    assert command(folder, '--prompt=a', f'--config.seed={seed}') == 0
+    texts.append(capsys.readouterr().out)
+  assert len(set(texts)) == 3
+
+
 def test_the_config_of_the_run_is_the_default(folder):
   flags, overrides = run.parse_flags(['--job=generate', f'--workdir={folder / "run"}', '--config.generate.tokens=7'])
   config = run.load_config(flags, overrides)

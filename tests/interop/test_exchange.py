@@ -37,7 +37,7 @@ def tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write(folder: pathlib.Path, arrays: dict[str, np.ndarray], size: int) -> dict[str, str]:
-  return write_shards(folder, [ToWrite(name, a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()], size)
+  return write_shards(folder, [ToWrite(a.shape, a.dtype, lambda a=a: a, name) for name, a in arrays.items()], size)
 
 
 def assert_same_bits(found: pathlib.Path, wanted: pathlib.Path) -> None:

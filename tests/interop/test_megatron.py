@@ -132,7 +132,7 @@ def rank_of(model: ModelConfig, values: dict, rank: int, ranks: int, stage: rang
 
 def write_safe(folder: pathlib.Path, tensors: dict) -> None:
   folder.mkdir(parents=True)
-  write_shards(folder, [ToWrite(name, a.shape, a.dtype, lambda a=a: a) for name, a in tensors.items()], 10**9)
+  write_shards(folder, [ToWrite(a.shape, a.dtype, lambda a=a: a, name) for name, a in tensors.items()], 10**9)
 
 
 def write_all(folder, model, ranks, stages, fused=True, padding=0, write=write_safe):

@@ -15,6 +15,7 @@ ANSWER_TOKENS = {
   **dict.fromkeys(needles.TASKS, needles.ANSWER_TOKENS), **counting.ANSWER_TOKENS, 'vt': chains.ANSWER_TOKENS,
   'qa_1': questions.ANSWER_TOKENS, 'qa_2': questions.ANSWER_TOKENS, **dict.fromkeys(PHONEBOOK, phonebook.ANSWER_TOKENS),
 }  # fmt: skip
+NAMES = tuple(TASKS)
 QA_FILES = {'qa_1': 'squad_v2', 'qa_2': 'hotpot'}
 QA_COLUMNS = {
   'qa_1': {'context': str, 'question': str, 'answers': dict},
@@ -63,10 +64,3 @@ def _hotpot(doc: files.Doc) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
   wanted = set(doc['supporting_facts']['title'])
   passages = zip(doc['context']['title'], doc['context']['sentences'], strict=True)
   return tuple(f'{title}\n{"".join(sentences)}' for title, sentences in passages if title in wanted), doc['question'], (doc['answer'],)
-
-
-def known() -> list[str]:
-  """Names of the synthetic tasks."""
-  return list(TASKS)
-
-
