@@ -25,6 +25,8 @@ from lmscale.train.workdir import open_workdir
 
 NEXT = """what to try next:
   look at the curve              {workdir}/loss.svg
+  text from it                   python run.py --job=generate --workdir={workdir} --prompt='def '
+  its scores                     python run.py --job=eval --workdir={workdir} --tasks=phonebook,induction --lengths=256,512
   another architecture           python run.py --config=configs/mamba_study.py:arch=transformer,size=tiny
   another pattern of layers      python run.py --config.model.pattern='M-M-M*-M-' --workdir=runs/pattern
   another mesh                   python run.py --config.mesh.data=2 --config.mesh.tensor=4 --config.mesh.zero=3 --workdir=runs/mesh
