@@ -30,6 +30,7 @@ from lmscale.config.fields import (
   MLPConfig,
   ModelConfig,
   OptimizerConfig,
+  RopeScalingConfig,
   SourceConfig,
   TrainConfig,
 )
@@ -50,7 +51,8 @@ from lmscale.errors import ConfigError
 
 __all__ = [
   'FIELD_KINDS', 'LAYER_KINDS', 'SOURCE_KINDS', 'USES', 'AttentionConfig', 'Config', 'ConfigError', 'DataConfig',
-  'GenerateConfig', 'LoopConfig', 'MLPConfig', 'Mamba2Config', 'MambaConfig', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'SourceConfig', 'TrainConfig',
+  'GenerateConfig', 'LoopConfig', 'MLPConfig', 'Mamba2Config', 'MambaConfig', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'RopeScalingConfig',
+  'SourceConfig', 'TrainConfig',
   'arguments', 'batch_segments', 'check_mesh', 'check_tensor', 'element', 'field_types', 'fill_data', 'flatten', 'from_dict',
   'hybrid_pattern', 'plain_dict', 'resolve_mesh', 'run_tokens', 'to_config_dict', 'to_dict', 'unknown_field',
   'validate',

@@ -15,6 +15,7 @@ from lmscale.config.fields import Config
 from lmscale.config.pattern import LAYER_KINDS
 from lmscale.config.pipeline import check_microbatches, check_stages, nearest_multiples
 from lmscale.config.ramp import run_tokens
+from lmscale.config.scaling import check_scaling
 from lmscale.errors import ConfigError
 
 USES = {'model.attention': '*', 'model.mlp': '-', 'model.mamba2': 'M', 'model.mamba': 'm'}
@@ -22,6 +23,7 @@ USES = {'model.attention': '*', 'model.mlp': '-', 'model.mamba2': 'M', 'model.ma
 CHOICES = {
   'model.norm': ('rmsnorm', 'layernorm', 'layernorm1p'),
   'model.positions': ('none', 'rope', 'learned'),
+  'model.rope_scaling.kind': ('none', 'linear', 'ntk', 'yarn', 'longrope', 'llama3'),
   'model.mlp.activation': ('gelu', 'gelu_tanh', 'relu2', 'swiglu', 'geglu'),
   'mesh.zero': (0, 1, 2, 3),
   'mesh.schedule': ('gpipe', '1f1b', '1f1b_strict', 'interleaved'),
@@ -41,7 +43,7 @@ STDLIB_STREAMS = ('code', 'prose')
 
 AT_LEAST = {  # smallest allowed integer
   'seed': 0, 'emulate': 0,
-  'model.d_model': 1, 'model.vocab': 2, 'model.max_positions': 0, 'model.rope_scaling_length': 0,
+  'model.d_model': 1, 'model.vocab': 2, 'model.max_positions': 0, 'model.rope_scaling.length': 0,
   'model.attention.heads': 1, 'model.attention.kv_heads': 1, 'model.attention.head_dim': 1, 'model.mlp.d_ff': 1,
   'model.mamba2.heads': 1, 'model.mamba2.head_dim': 1, 'model.mamba2.groups': 1, 'model.mamba2.state': 1,
   'model.mamba2.conv': 1, 'model.mamba2.chunk': 0,
@@ -65,7 +67,7 @@ MOST_EMULATED = 2**12
 INTERVALS = {  # where numbers must lie: whatever somebody may have a use for, but no slip of the keyboard
   'model.mamba2.dt_min': '[0, 1e6]', 'model.mamba2.dt_max': '[0, 1e6]',
   'model.norm_eps': '(0, 1]', 'model.init_std': '(0, 100]', 'model.rope_base': '(0, 1e12]', 'model.rope_fraction': '(0, 1]',
-  'model.rope_scaling_factor': '[0, 1e6]', 'model.rope_scaling_low': '[0, 1e6]', 'model.rope_scaling_high': '[0, 1e6]',
+  'model.rope_scaling.factor': '[1, 1e6]',
   'optimizer.learning_rate': '(0, 100]', 'optimizer.min_learning_rate': '[0, 100]', 'optimizer.eps': '(0, 1]',
   'optimizer.beta1': '[0, 1)', 'optimizer.beta2': '[0, 1)', 'optimizer.weight_decay': '[0, 100]',
   'optimizer.clip': '[0, 1e6]', 'train.spike_skip': '[0, 1e6]', 'data.validation': '[0, 1)', 'loop.temperature': '[0, 100]',
@@ -91,7 +93,7 @@ def validate(config: Config) -> None:
       raise ConfigError(f'{path}: {_get(config, path)} is more than {most}')
   for path, interval in _used(INTERVALS, config):
     _check_number(path, _get(config, path), interval)
-  checks = (_check_heads, _check_dt, _check_positions, _check_scaling, _check_dtypes, _check_ramp, _check_schedule, _check_sources, _check_rest)
+  checks = (_check_heads, _check_dt, _check_positions, check_scaling, _check_dtypes, _check_ramp, _check_schedule, _check_sources, _check_rest)
   for check in checks:
     check(config)
 
@@ -274,22 +276,6 @@ def _check_positions(config: Config) -> None:
       f'model.rope_fraction: head_dim {model.attention.head_dim} * {model.rope_fraction} = {rotated:g} '
       'rotated dimensions; it must be an even number of at least 2'
     )
-
-
-def _check_scaling(config: Config) -> None:
-  model = config.model
-  names = ('factor', 'low', 'high', 'length')
-  values = {f'model.rope_scaling_{name}': getattr(model, f'rope_scaling_{name}') for name in names}
-  if not any(values.values()):
-    return
-  if missing := [name for name, value in values.items() if not value]:
-    raise ConfigError(f'{", ".join(missing)}: 0 while the rest of the scaling is set; set all four or none')
-  if model.positions != 'rope':
-    raise ConfigError(f'model.rope_scaling_factor: {model.rope_scaling_factor:g} is only used with model.positions=rope, not '
-                      f'{model.positions}; set all model.rope_scaling_* to 0')
-  if model.rope_scaling_low >= model.rope_scaling_high:
-    raise ConfigError(f'model.rope_scaling_high: {model.rope_scaling_high:g} is not above model.rope_scaling_low '
-                      f'{model.rope_scaling_low:g}; Llama 3.1 has 4 and 1')
 
 
 def _check_ramp(config: Config) -> None:

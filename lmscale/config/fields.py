@@ -49,6 +49,19 @@ class MambaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+  """Slower rotary positions, for texts longer than those that were trained (docs/long_context.md). A kind reads the fields in brackets;
+  the others stay as they are."""
+
+  kind: str = 'none'  # none | linear (factor) | ntk (factor) | yarn, llama3 (factor, length, turns) | longrope (factor, length, factors)
+  factor: float = 1.0  # how many times longer the texts may become
+  length: int = 0  # of the texts that were trained
+  turns: tuple[float, ...] = ()  # (low, high): rotations that make fewer than low turns over `length` become slower by the factor, those
+  # of more than high turns stay; Llama 3.1 has [1, 4], YaRN [1, 32]
+  factors: tuple[float, ...] = ()  # of each rotation, the fastest first: how many times slower it becomes
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A language model: `pattern` is the single source of depth and layer kinds.
 
@@ -65,10 +78,7 @@ class ModelConfig:
   max_positions: int = 0  # rows of the learned position table; 0 unless positions is learned
   rope_fraction: float = 1.0
   rope_base: float = 10000.0
-  rope_scaling_factor: float = 0.0  # of type llama3: slow rotations are this many times slower; 0: no scaling, and the next three 0
-  rope_scaling_low: float = 0.0  # slow: fewer than this many turns in rope_scaling_length positions
-  rope_scaling_high: float = 0.0  # kept: more than this many turns; in between both are mixed
-  rope_scaling_length: int = 0  # positions that were trained before the scaling
+  rope_scaling: RopeScalingConfig = RopeScalingConfig()
   bias: bool = False  # biases on the linear maps of attention and MLP
   tied: bool = False  # the output head is the transposed embedding
   init_std: float = 0.02

@@ -10,6 +10,7 @@ import ml_collections
 
 from lmscale.config.checks import validate
 from lmscale.config.fields import Config
+from lmscale.config.scaling import renamed
 from lmscale.errors import ConfigError, UnknownField
 
 
@@ -37,7 +38,8 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
   """A mutable, locked copy for a recipe to change: a field that does not exist cannot be set by accident."""
   values = to_dict(config)
   values['data']['sources'] = tuple(values['data']['sources'])
-  values['generate']['stop'] = tuple(values['generate']['stop'])
+  for section, name in ((values['generate'], 'stop'), (values['model']['rope_scaling'], 'turns'), (values['model']['rope_scaling'], 'factors')):
+    section[name] = tuple(section[name])
   return ml_collections.ConfigDict(values).lock()
 
 
@@ -51,12 +53,12 @@ def plain_dict(values: Any) -> Any:
 def from_dict(values: Any) -> Config:
   """Frozen dataclasses from a mapping; fields left out keep their defaults.
 
-  Types are strict: an int is neither a bool nor 64.0; a float may be written as an int.
+  Types are strict: an int is neither a bool nor 64.0; a float may be written as an int. Names of older versions are understood.
 
   Raises:
     ConfigError: an unknown field, a wrong type, or anything `validate` rejects.
   """
-  config = _build(Config, plain_dict(values), '')
+  config = _build(Config, renamed(plain_dict(values)), '')
   validate(config)
   return config
 

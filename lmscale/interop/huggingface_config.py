@@ -10,8 +10,9 @@ from typing import Any
 
 from lmscale.config import AttentionConfig, Config, Mamba2Config, MambaConfig, MLPConfig, ModelConfig, validate
 from lmscale.errors import ConfigError
+from lmscale.interop.huggingface_fields import Fields, read_number, shown
+from lmscale.interop.huggingface_rope import read_rope
 
-LARGEST = 1 << 28  # bound on every size in an untrusted config
 LARGEST_DEPTH = 10_000
 HARMLESS_DT_FLOOR = 1e-6  # raising dt from 0 to this is less than float32 rounding
 ACTIVATIONS = {
@@ -47,11 +48,11 @@ def read_config_with_notes(values: Mapping[str, Any], dt_min: float | None = Non
     ConfigError: an unknown model type, a missing or impossible value, or a feature that lmscale lacks; the line names
       the field.
   """
-  fields = _Fields(values)
+  fields = Fields(values)
   fields.dt_min = dt_min
   kind = values.get('model_type')
   if not isinstance(kind, str) or kind not in FAMILIES:
-    raise ConfigError(f'model_type: {_shown(kind)} is not supported; supported: {", ".join(FAMILIES)}')
+    raise ConfigError(f'model_type: {shown(kind)} is not supported; supported: {", ".join(FAMILIES)}')
   fields.must('quantization_config', None, None)
   model = dataclasses.replace(
     FAMILIES[kind](fields),
@@ -66,117 +67,18 @@ def read_config_with_notes(values: Mapping[str, Any], dt_min: float | None = Non
   return model, fields.notes
 
 
-class _Fields:
-  """Checked access to the values of an untrusted `config.json`; each error names the field."""
-
-  def __init__(self, values: Mapping[str, Any]):
-    self.values = values
-    self.notes: list[str] = []  # for people
-    self.dt_min: float | None = None
-
-  def get(self, name: str, default: Any = None) -> Any:
-    """The value, or `default` where it is absent or null; without a default the field is required."""
-    value = self.values.get(name)
-    if value is None and default is None:
-      raise ConfigError(f'{name}: missing from config.json')
-    return default if value is None else value
-
-  def integer(self, name: str, default: int | None = None, largest: int = LARGEST) -> int:
-    value = self.get(name, default)
-    if type(value) is not int or not 1 <= value <= largest:
-      raise ConfigError(f'{name}: {_shown(value)} is not an integer from 1 to {largest}')
-    return value
-
-  def number(self, name: str, default: float | None = None) -> float:
-    value = _number(name, self.get(name, default))
-    if math.isinf(value):
-      raise ConfigError(f'{name}: {value} is not finite')
-    return value
-
-  def flag(self, name: str, default: bool) -> bool:
-    value = self.get(name, default)
-    if type(value) is not bool:
-      raise ConfigError(f'{name}: {_shown(value)} is not true or false')
-    return value
-
-  def choice(self, name: str, table: Mapping[str, str]) -> str:
-    value = self.get(name)
-    if not isinstance(value, str) or value not in table:
-      raise ConfigError(f'{name}: {_shown(value)} is not supported; supported: {", ".join(table)}')
-    return table[value]
-
-  def must(self, name: str, wanted: Any, default: Any) -> None:
-    """Refuses any other value than `wanted`; `default` stands for an absent one."""
-    value = self.values.get(name, default)
-    if value != wanted:
-      raise ConfigError(f'{name}: {_shown(value)} is not supported; lmscale has {_shown(wanted)} alone')
-
-
-def _number(name: str, value: Any) -> float:
-  """A number; transformers writes infinity as {"__float__": "Infinity"}."""
-  if isinstance(value, dict) and set(value) == {'__float__'}:
-    try:
-      value = float(value['__float__'])
-    except (TypeError, ValueError):
-      value = None
-  if type(value) is int and abs(value) <= LARGEST:
-    value = float(value)
-  if type(value) is not float or math.isnan(value):
-    raise ConfigError(f'{name}: {_shown(value)} is not a number')
-  return value
-
-
-def _shown(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else text[:57] + '...'
-
-
-def _dt_limits(fields: _Fields) -> dict[str, float]:
+def _dt_limits(fields: Fields) -> dict[str, float]:
   """dt_min and dt_max from `time_step_limit`, between which transformers puts every dt; ours have 0 for no bound."""
   limits = fields.get('time_step_limit', [0.0, math.inf])
   if not isinstance(limits, list | tuple) or len(limits) != 2:
-    raise ConfigError(f'time_step_limit: {_shown(limits)}: expected a lower and an upper limit')
-  low, high = (_number('time_step_limit', limit) for limit in limits)
+    raise ConfigError(f'time_step_limit: {shown(limits)}: expected a lower and an upper limit')
+  low, high = (read_number('time_step_limit', limit) for limit in limits)
   if not 0 <= low < high:
-    raise ConfigError(f'time_step_limit: {_shown(limits)}: expected 0 <= lower limit < upper limit')
+    raise ConfigError(f'time_step_limit: {shown(limits)}: expected 0 <= lower limit < upper limit')
   return {'dt_min': low if fields.dt_min is None else fields.dt_min, 'dt_max': 0.0 if high == math.inf else high}
 
 
-def _rotary(fields: _Fields, default_fraction: float) -> dict[str, Any]:
-  """Fields of ModelConfig for rotary positions, from `rope_parameters` or the older top-level names."""
-  name = 'rope_scaling' if fields.values.get('rope_scaling') else 'rope_parameters'
-  rope = fields.get(name, {})
-  if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
-    raise ConfigError(f'{name}: {_shown(rope)}: expected one set of values for all layers')
-  base = rope.get('rope_theta', fields.get('rope_theta', 10000.0))
-  fraction = rope.get('partial_rotary_factor', fields.get('partial_rotary_factor', default_fraction))
-  return {
-    'positions': 'rope',
-    'rope_base': _number('rope_theta', base),
-    'rope_fraction': _number('partial_rotary_factor', fraction),
-    **_scaling(fields, name, rope),
-  }
-
-
-def _scaling(fields: _Fields, name: str, rope: Mapping[str, Any]) -> dict[str, Any]:
-  """Fields of ModelConfig for scaled rotary positions; none for the type `default`."""
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind == 'default':
-    return {}
-  if kind != 'llama3':
-    raise ConfigError(f"{name}.rope_type: {_shown(kind)} is not supported; lmscale has 'default' and 'llama3' alone")
-  names = ('original_max_position_embeddings', 'max_position_embeddings')
-  lengths = (fields.values.get(names[0]), rope.get(names[0]), fields.values.get(names[1]))  # transformers' order
-  inner = _Fields({**rope, 'original_max_position_embeddings': next((n for n in lengths if n is not None), None)})
-  return {
-    'rope_scaling_factor': inner.number('factor'),
-    'rope_scaling_low': inner.number('low_freq_factor'),
-    'rope_scaling_high': inner.number('high_freq_factor'),
-    'rope_scaling_length': inner.integer('original_max_position_embeddings'),
-  }
-
-
-def _attention(fields: _Fields) -> AttentionConfig:
+def _attention(fields: Fields) -> AttentionConfig:
   heads = fields.integer('num_attention_heads')
   return AttentionConfig(
     heads=heads,
@@ -186,7 +88,7 @@ def _attention(fields: _Fields) -> AttentionConfig:
 
 
 def _transformer(
-  fields: _Fields, eps: str, fraction: float, activations: Mapping[str, str], **rest: Any
+  fields: Fields, eps: str, fraction: float, activations: Mapping[str, str], **rest: Any
 ) -> ModelConfig:
   fields.must('sliding_window', None, None)
   return ModelConfig(
@@ -195,30 +97,30 @@ def _transformer(
     bias=_bias(fields),
     attention=_attention(fields),
     mlp=MLPConfig(fields.integer('intermediate_size'), fields.choice('hidden_act', activations)),
-    **_rotary(fields, fraction),
+    **read_rope(fields, fraction),
     **rest,
   )
 
 
-def _bias(fields: _Fields) -> bool:
+def _bias(fields: Fields) -> bool:
   bias = fields.flag('attention_bias', False)
   if fields.flag('mlp_bias', False) != bias:
     raise ConfigError(f'mlp_bias: {not bias}, but attention_bias is {bias}; lmscale has biases in both or in neither')
   return bias
 
 
-def _llama(fields: _Fields) -> ModelConfig:
+def _llama(fields: Fields) -> ModelConfig:
   model = _transformer(fields, 'rms_norm_eps', 1.0, GATED_ACTIVATIONS)
   if model.rope_fraction != 1:
     raise ConfigError(f'partial_rotary_factor: {model.rope_fraction:g}: Llama rotates whole heads')
   return model
 
 
-def _nemotron(fields: _Fields) -> ModelConfig:
+def _nemotron(fields: Fields) -> ModelConfig:
   return _transformer(fields, 'norm_eps', 0.5, ACTIVATIONS, norm='layernorm1p')
 
 
-def _nemotron_h(fields: _Fields) -> ModelConfig:
+def _nemotron_h(fields: Fields) -> ModelConfig:
   renamed = {NEMOTRON_H_OLD_NAMES.get(name, name): value for name, value in fields.values.items()}
   fields.values = renamed | fields.values  # today's name wins
   for name, wanted in (('use_bias', False), ('attention_bias', False), ('mlp_bias', False), ('use_conv_bias', True)):
@@ -253,7 +155,7 @@ def _nemotron_h(fields: _Fields) -> ModelConfig:
   return model
 
 
-def _bamba(fields: _Fields) -> ModelConfig:
+def _bamba(fields: Fields) -> ModelConfig:
   """Every block is a mixer, attention where `attn_layer_indices` says so, and a gated MLP."""
   fields.must('mamba_proj_bias', False, False)
   fields.must('mamba_conv_bias', True, True)
@@ -274,36 +176,36 @@ def _bamba(fields: _Fields) -> ModelConfig:
     attention=attention,
     mlp=MLPConfig(fields.integer('intermediate_size'), fields.choice('hidden_act', GATED_ACTIVATIONS)),
     mamba2=mamba2,
-    **_rotary(_Fields({**fields.values, 'partial_rotary_factor': 0.5}), 0.5),  # beside rope_parameters it is not looked at
+    **read_rope(Fields({**fields.values, 'partial_rotary_factor': 0.5}), 0.5),  # beside rope_parameters it is not looked at
   )
 
 
-def _bamba_kinds(fields: _Fields) -> str:
+def _bamba_kinds(fields: Fields) -> str:
   depth, chosen = fields.integer('num_hidden_layers', largest=LARGEST_DEPTH), fields.values.get('attn_layer_indices') or []
   if not isinstance(chosen, list) or any(type(i) is not int or not 0 <= i < depth for i in chosen):
-    raise ConfigError(f'attn_layer_indices: {_shown(chosen)}: expected layers from 0 to {depth - 1}')
+    raise ConfigError(f'attn_layer_indices: {shown(chosen)}: expected layers from 0 to {depth - 1}')
   return ''.join('*' if i in set(chosen) else 'M' for i in range(depth))
 
 
-def _nemotron_h_pattern(fields: _Fields) -> str:
+def _nemotron_h_pattern(fields: Fields) -> str:
   """Our pattern from `layers_block_type` (today) or `hybrid_override_pattern` (older files)."""
   kinds = fields.values.get('layers_block_type')
   if kinds is None:
     pattern = fields.get('hybrid_override_pattern')
     if not isinstance(pattern, str) or not 0 < len(pattern) <= LARGEST_DEPTH or set(pattern) - set('M*-'):
-      raise ConfigError(f'hybrid_override_pattern: {_shown(pattern)}: supported are M, * and - (no experts, E)')
+      raise ConfigError(f'hybrid_override_pattern: {shown(pattern)}: supported are M, * and - (no experts, E)')
     return pattern
   if not isinstance(kinds, list) or not 0 < len(kinds) <= LARGEST_DEPTH:
-    raise ConfigError(f'layers_block_type: {_shown(kinds)}: expected a list of 1 to {LARGEST_DEPTH} layer kinds')
+    raise ConfigError(f'layers_block_type: {shown(kinds)}: expected a list of 1 to {LARGEST_DEPTH} layer kinds')
   for kind in kinds:
     if not isinstance(kind, str) or kind not in NEMOTRON_H_KINDS:
       raise ConfigError(
-        f'layers_block_type: {_shown(kind)} is not supported; supported: {", ".join(NEMOTRON_H_KINDS)}'
+        f'layers_block_type: {shown(kind)} is not supported; supported: {", ".join(NEMOTRON_H_KINDS)}'
       )
   return ''.join(NEMOTRON_H_KINDS[kind] for kind in kinds)
 
 
-def _mamba_common(fields: _Fields, symbol: str) -> ModelConfig:
+def _mamba_common(fields: Fields, symbol: str) -> ModelConfig:
   fields.must('use_bias', False, False)
   fields.must('use_conv_bias', True, True)
   fields.must('hidden_act', 'silu', 'silu')
@@ -311,7 +213,7 @@ def _mamba_common(fields: _Fields, symbol: str) -> ModelConfig:
   return ModelConfig(pattern=symbol * depth, norm_eps=fields.number('layer_norm_epsilon', 1e-5))
 
 
-def _mamba2(fields: _Fields) -> ModelConfig:
+def _mamba2(fields: Fields) -> ModelConfig:
   fields.must('rms_norm', True, True)
   if fields.values.get('norm_before_gate'):
     fields.notes.append('norm_before_gate: true has no effect in transformers, which gates first, and none here')
@@ -333,7 +235,7 @@ def _mamba2(fields: _Fields) -> ModelConfig:
   return dataclasses.replace(_mamba_common(fields, 'M'), mamba2=mamba2)
 
 
-def _mamba(fields: _Fields) -> ModelConfig:
+def _mamba(fields: Fields) -> ModelConfig:
   width = fields.integer('hidden_size')
   rank = fields.get('time_step_rank', 'auto')
   mamba = MambaConfig(
@@ -345,7 +247,7 @@ def _mamba(fields: _Fields) -> ModelConfig:
   return dataclasses.replace(_mamba_common(fields, 'm'), mamba=mamba)
 
 
-FAMILIES: dict[str, Callable[[_Fields], ModelConfig]] = {
+FAMILIES: dict[str, Callable[[Fields], ModelConfig]] = {
   'llama': _llama,
   'nemotron': _nemotron,
   'nemotron_h': _nemotron_h,

@@ -11,6 +11,7 @@ from typing import Any
 from lmscale.config import Config, ModelConfig
 from lmscale.errors import ConfigError
 from lmscale.interop.huggingface_config import ACTIVATIONS, GATED_ACTIVATIONS, NEMOTRON_H_KINDS, read_config
+from lmscale.interop.huggingface_rope import with_plain_base, write_rope
 from lmscale.train.changes import NO_FUNCTION, changed, unused_fields
 
 ARCHITECTURES = {
@@ -48,7 +49,7 @@ def same_function(values: Mapping[str, Any], model: ModelConfig) -> bool:
     found = read_config(values)
   except ConfigError:
     return False
-  old, new = Config(model=found), Config(model=model)
+  old, new = Config(model=found), Config(model=with_plain_base(model))
   return found.layers == model.layers and not changed(old, new, ('model.',), but=(*NO_FUNCTION, *unused_fields(old, new)))
 
 
@@ -182,20 +183,6 @@ def _biases(model: ModelConfig) -> Values:
   return {'attention_bias': model.bias, 'mlp_bias': model.bias}
 
 
-def _rope(model: ModelConfig) -> Values:
-  rope: Values = {'rope_type': 'default', 'rope_theta': model.rope_base, 'partial_rotary_factor': model.rope_fraction}
-  if model.rope_scaling_factor:
-    rope |= {
-      'rope_type': 'llama3',
-      'factor': model.rope_scaling_factor,
-      'low_freq_factor': model.rope_scaling_low,
-      'high_freq_factor': model.rope_scaling_high,
-      'original_max_position_embeddings': model.rope_scaling_length,
-    }
-  older = {'rope_theta': model.rope_base, 'partial_rotary_factor': model.rope_fraction}
-  return {'rope_parameters': rope, **older}
-
-
 def _spelled(ours: str, known: Mapping[str, str], preferred: str = '') -> str:
   names = [name for name, value in known.items() if value == ours]
   return preferred if preferred in names else names[0]
@@ -203,7 +190,7 @@ def _spelled(ours: str, known: Mapping[str, str], preferred: str = '') -> str:
 
 def _transformer(model: ModelConfig) -> Values:
   blocks = {'num_hidden_layers': len(model.layers) // 2, 'intermediate_size': model.mlp.d_ff}
-  return {**blocks, **_attention(model), **_biases(model), **_rope(model)}
+  return {**blocks, **_attention(model), **_biases(model), **write_rope(model)}
 
 
 def _llama(model: ModelConfig) -> Values:

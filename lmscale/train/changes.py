@@ -14,7 +14,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 # Of a model whose parameters another one takes over: what is no part of the function, and what may be changed on purpose.
 NO_FUNCTION = ('model.init_std', 'model.pattern', *(name for name in MAY_CHANGE if name.startswith('model.')))
-ON_PURPOSE = ('train.seq_len', 'model.rope_base', 'model.rope_scaling_', 'model.mamba2.dt_min', 'model.mamba2.dt_max')
+ON_PURPOSE = ('train.seq_len', 'model.rope_base', 'model.rope_scaling.', 'model.mamba2.dt_min', 'model.mamba2.dt_max')
 
 
 def changed_function(old: Config, new: Config) -> list[str]:

@@ -47,7 +47,18 @@ def test_config_dict_is_locked_and_typed():
     values.train.steps = 64.0
 
 
-SCALING = {'positions': 'rope', 'rope_scaling_factor': 8.0, 'rope_scaling_low': 1.0, 'rope_scaling_high': 4.0, 'rope_scaling_length': 8192}
+def scaled(kind: str, positions: str = 'rope', base: float = 1e4, **fields: object) -> dict:
+  published = {'llama3': {'factor': 8.0, 'length': 8192, 'turns': [1.0, 4.0]}, 'yarn': {'factor': 4.0, 'length': 4096, 'turns': [1.0, 32.0]}}
+  return {'model': {'positions': positions, 'rope_base': base, 'rope_scaling': {'kind': kind, **published.get(kind, {}), **fields}}}
+
+
+def test_names_of_older_versions_are_read():
+  old = {'rope_scaling_factor': 8.0, 'rope_scaling_low': 1.0, 'rope_scaling_high': 4.0, 'rope_scaling_length': 8192}
+  today = build(**scaled('llama3'))
+  assert build(model={'positions': 'rope', **old}) == today
+  assert build(model={'positions': 'rope', **dict.fromkeys(old, 0)}) == build(model={'positions': 'rope'})
+  assert build(model={'positions': 'rope', **old, 'rope_scaling': {'factor': 2}}).model.rope_scaling.factor == 2  # changed on the command line
+  assert rejected({'model': {'positions': 'rope', 'rope_scaling_factor': 8.0}}).startswith('model.rope_scaling.length: not set')
 
 
 def test_a_config_is_small():
@@ -138,9 +149,22 @@ def test_unknown_fields_name_the_nearest(path, nearest):
     ({'model': {'mlp': {'activation': 'silu'}}}, 'model.mlp.activation', 'swiglu'),
     ({'model': {'positions': 'learned', 'max_positions': 255}}, 'model.max_positions', '255'),
     ({'model': {'max_positions': 256}}, 'model.max_positions', 'only used with'),
-    ({'model': {'positions': 'rope', 'rope_scaling_factor': 8.0}}, 'model.rope_scaling_low, model.rope_scaling_high, model.rope_scaling_length', 'set all four or none'),
-    ({'model': {**SCALING, 'positions': 'none'}}, 'model.rope_scaling_factor', 'only used with model.positions=rope'),
-    ({'model': {**SCALING, 'rope_scaling_low': 4.0}}, 'model.rope_scaling_high', '4 is not above model.rope_scaling_low 4'),
+    (scaled('dynamic'), 'model.rope_scaling.kind', 'none, linear, ntk, yarn, longrope, llama3'),
+    (scaled('llama3', 'none'), 'model.rope_scaling.kind', 'llama3 is only used with model.positions=rope, not none'),
+    (scaled('llama3', length=0), 'model.rope_scaling.length', 'not set; model.rope_scaling.kind=llama3 reads factor, length, turns'),
+    (scaled('yarn', turns=[]), 'model.rope_scaling.turns', 'not set'),
+    (scaled('yarn', turns=[4.0, 4.0]), 'model.rope_scaling.turns', '[4.0, 4.0] is not [low, high]'),
+    (scaled('llama3', turns=[1.0]), 'model.rope_scaling.turns', '[1.0] is not [low, high]'),
+    (scaled('yarn', turns=[1.0, math.nan]), 'model.rope_scaling.turns', 'nan] is not [low, high]'),
+    (scaled('yarn', base=1.0), 'model.rope_base', '1 is not above 1'),
+    (scaled('linear', factor=0.5), 'model.rope_scaling.factor', '0.5 is not in [1, 1e6]'),
+    (scaled('linear', length=256), 'model.rope_scaling.length', '256 is not used with model.rope_scaling.kind=linear'),
+    (scaled('none', factor=2.0), 'model.rope_scaling.factor', '2.0 is not used with model.rope_scaling.kind=none'),
+    (scaled('llama3', factors=[1.0] * 16), 'model.rope_scaling.factors', 'is not used with'),
+    (scaled('longrope', length=256, factors=[1.0] * 15), 'model.rope_scaling.factors', '15 numbers for 32 rotated dimensions / 2 = 16'),
+    (scaled('longrope', length=256, factors=[0.0] * 16), 'model.rope_scaling.factors', '0.0 is not in [0.001, 1e+06]'),
+    (scaled('longrope', length=1, factors=[1.0] * 16), 'model.rope_scaling.length', 'divides by its logarithm'),
+    ({'model': {**scaled('ntk', factor=2.0)['model'], 'rope_fraction': 1 / 16}}, 'model.rope_scaling.kind', '2 rotated dimensions have one'),
     (
       {'model': {'positions': 'learned', 'max_positions': 256}, 'loop': {'sample_every': 9, 'sample_tokens': 253}},
       'loop.sample_tokens',

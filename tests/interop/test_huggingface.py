@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lmscale.config import ModelConfig
+from lmscale.config import ModelConfig, RopeScalingConfig
 from lmscale.errors import ConfigError
 from lmscale.interop import huggingface
 from lmscale.models import model as model_lib
@@ -88,7 +88,7 @@ def test_greedy_generation_agrees(name):
 @pytest.mark.parametrize(
   ('name', 'off'),
   [
-    ('llama_scaled', {f'rope_scaling_{part}': 0 for part in ('factor', 'low', 'high', 'length')}),
+    ('llama_scaled', {'rope_scaling': RopeScalingConfig()}),
     ('bamba', {'rope_fraction': 1.0}),
   ],
 )

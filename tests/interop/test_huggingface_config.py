@@ -4,12 +4,14 @@ import pathlib
 
 import pytest
 
-from lmscale.config import ModelConfig
+from lmscale.config import ModelConfig, RopeScalingConfig
 from lmscale.errors import ConfigError
 from lmscale.interop.huggingface_config import read_config, read_config_with_notes
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
+YARN = {'rope_type': 'yarn', 'rope_theta': 500.0, 'factor': 4.0, 'original_max_position_embeddings': 64}
+LONGROPE = YARN | {'rope_type': 'longrope', 'short_factor': [1.0, 1.0, 1.5, 2.0, 4.0], 'long_factor': [1.0, 1.0, 1.5, 2.0, 4.0]}
 
 
 def config_values(name: str) -> dict:
@@ -85,8 +87,17 @@ def test_spellings_of_no_dt_limit(limit):
     ('llama', {'hidden_act': 'relu2'}, "hidden_act: 'relu2' is not supported"),
     ('llama', {'attention_bias': True}, 'mlp_bias: False, but attention_bias is True'),
     ('llama', {'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5}}, 'factor: missing'),
-    ('llama', {'rope_parameters': {'rope_type': 'yarn', 'factor': 4.0}}, "rope_parameters.rope_type: 'yarn' is not supported"),
-    ('llama', {'rope_scaling': {'type': 'linear', 'factor': 2}}, "rope_scaling.rope_type: 'linear'"),
+    ('llama', {'rope_parameters': {'rope_type': 'dynamic', 'factor': 4.0}}, "rope_parameters.rope_type: 'dynamic' is not supported"),
+    ('llama', {'rope_scaling': {'type': ['linear'], 'factor': 2}}, 'rope_scaling.rope_type: '),
+    ('llama', {'rope_scaling': {'type': 'linear', 'factor': 0.5}}, 'model.rope_scaling.factor: 0.5 is not in'),
+    ('llama', {'rope_parameters': YARN | {'truncate': False}}, 'truncate: False is not supported'),
+    ('llama', {'rope_parameters': YARN | {'attention_factor': 1.5}}, 'attention_factor: 1.5 is not supported; .* factor 4, 1.138629'),
+    ('llama', {'rope_parameters': YARN | {'mscale': 1.0, 'mscale_all_dim': 1.0}}, 'mscale: 1.0 is not supported'),
+    ('llama', {'rope_parameters': YARN | {'beta_fast': 0.5}}, r'model.rope_scaling.turns: \[1.0, 0.5\] is not'),
+    ('llama', {'rope_parameters': LONGROPE | {'short_factor': [1.0] * 5}}, 'short_factor: not the same as long_factor'),
+    ('llama', {'rope_parameters': LONGROPE | {'attention_factor': 1.0}}, 'attention_factor: 1.0 is not supported'),
+    ('llama', {'rope_parameters': LONGROPE | {'short_factor': 'x', 'long_factor': 'x'}}, "long_factor: 'x': expected a list"),
+    ('llama', {'rope_parameters': LONGROPE | {'short_factor': [1.0], 'long_factor': [1.0]}}, 'model.rope_scaling.factors: 1 numbers for 10'),
     ('llama', {'rope_parameters': {'full': {'rope_theta': 1e4}}}, 'rope_parameters: '),
     ('llama', {'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor: 0.5: Llama rotates'),
     ('nemotron', {'sliding_window': 128}, 'sliding_window: 128 is not supported'),
@@ -130,13 +141,22 @@ def test_what_is_refused(name, change, message):
 def test_scaled_rotary_positions_in_every_spelling():
   values = config_values('llama_scaled')
   today = read_config(values)
-  assert (today.rope_scaling_factor, today.rope_scaling_low, today.rope_scaling_high, today.rope_scaling_length) == (8.0, 1.0, 4.0, 24)
+  assert today.rope_scaling == RopeScalingConfig('llama3', 8.0, 24, (1.0, 4.0))
   rope = values.pop('rope_parameters')
   values |= {'rope_theta': rope.pop('rope_theta'), 'rope_scaling': rope}
   assert read_config(values) == today
   length = rope.pop('original_max_position_embeddings')
   assert read_config(values | {'original_max_position_embeddings': length}) == today
   assert read_config(values | {'max_position_embeddings': length}) == today
+
+
+def test_scalings_that_have_defaults():
+  values = config_values('llama')
+  assert read_config(values | {'rope_parameters': YARN}).rope_scaling == RopeScalingConfig('yarn', 4.0, 64, (1.0, 32.0))
+  assert read_config(values | {'rope_parameters': YARN | {'attention_factor': 0.1 * math.log(4) + 1}}) == read_config(values | {'rope_parameters': YARN})
+  longrope = read_config(values | {'rope_parameters': LONGROPE})
+  assert longrope.rope_scaling == RopeScalingConfig('longrope', 4.0, 64, factors=(1.0, 1.0, 1.5, 2.0, 4.0))
+  assert read_config(values | {'rope_parameters': LONGROPE | {'factor': None}, 'max_position_embeddings': 256}) == longrope
 
 
 def test_bamba_rotates_half_of_each_head_whatever_stands_beside_rope_parameters():

@@ -75,7 +75,7 @@ def test_published_models_have_their_published_sizes(values, published, layers, 
 
 
 def test_what_else_published_files_say():
-  assert read_config_with_notes(LLAMA_31_8B)[0].rope_scaling_length == 8192
+  assert read_config_with_notes(LLAMA_31_8B)[0].rope_scaling.length == 8192
   bamba = read_config_with_notes(BAMBA_9B)[0]
   assert (bamba.rope_fraction, bamba.pattern[18:20]) == (0.5, '*-')
 
@@ -83,7 +83,7 @@ def test_what_else_published_files_say():
 @pytest.mark.parametrize(
   ('values', 'says'),
   [
-    pytest.param(LLAMA_3_8B | {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}}, "rope_scaling.rope_type: 'yarn'", id='yarn'),
+    pytest.param(LLAMA_3_8B | {'rope_scaling': {'rope_type': 'dynamic', 'factor': 4.0}}, "rope_scaling.rope_type: 'dynamic'", id='dynamic'),
     pytest.param(LLAMA_3_8B | {'model_type': 'mistral', 'sliding_window': 4096}, "model_type: 'mistral'", id='Mistral-7B'),
     pytest.param(NEMOTRON_H_8B | {'hybrid_override_pattern': 'MEM*E'}, 'no experts, E', id='Nemotron-3-Nano'),
     pytest.param({'d_model': 2560, 'n_layer': 64, 'ssm_cfg': {'layer': 'Mamba2'}}, 'model_type: None', id='state-spaces/mamba2-2.7b'),

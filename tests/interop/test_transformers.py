@@ -12,13 +12,14 @@ from safetensors.numpy import load_file
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
-from lmscale.config import AttentionConfig, Config, recipes, validate
+from lmscale.config import AttentionConfig, Config, RopeScalingConfig, recipes, validate
 from lmscale.interop import huggingface
 from lmscale.interop.exporting import export_model
-from lmscale.interop.huggingface_write import same_function
+from lmscale.interop.huggingface_write import same_function, write_config
 from lmscale.interop.importing import import_model
 from lmscale.models import model as model_lib
 from lmscale.models.context import plain_context
+from lmscale.models.positions import attention_factor, rope_frequencies
 from lmscale.train import stored
 from lmscale.train.changes import changed_function
 from lmscale.train.model_folder import open_model, write_model
@@ -77,6 +78,9 @@ def test_an_import_that_is_exported_again_loads_in_half_precision(tmp_path, name
 BASE = tiny.change(tiny.MODEL, d_model=24, vocab=61, init_std=0.4)
 GELU = tiny.change(tiny.MODEL.mlp, activation='gelu_tanh')
 SSD = tiny.MODEL.mamba2
+LLAMA3 = RopeScalingConfig('llama3', 4.0, 16, (1.0, 3.0))
+SCALED = (RopeScalingConfig('linear', 4.0), RopeScalingConfig('ntk', 4.0), RopeScalingConfig('yarn', 4.0, 16, (1.0, 3.0)),
+          RopeScalingConfig('longrope', 4.0, 16, (), (1.0, 1.5, 2.0, 2.5, 4.0)))
 
 
 @pytest.mark.parametrize(
@@ -85,11 +89,12 @@ SSD = tiny.MODEL.mamba2
     tiny.change(BASE, pattern='*-*-', bias=True, tied=True, mlp=tiny.change(tiny.MODEL.mlp, activation='geglu')),
     tiny.change(BASE, pattern='*-', attention=AttentionConfig(3, 1, 10), rope_base=77.0),
     tiny.change(BASE, pattern='*-', norm='layernorm1p', mlp=GELU, attention=AttentionConfig(3, 3, 10), rope_fraction=0.6, bias=True,
-                rope_scaling_factor=4.0, rope_scaling_low=1.0, rope_scaling_high=3.0, rope_scaling_length=16),
+                rope_scaling=LLAMA3),
     tiny.change(BASE, pattern='M-*-', attention=AttentionConfig(3, 1, 10), rope_fraction=0.6, bias=True, tied=True,
                 mamba2=tiny.change(SSD, heads=6, head_dim=8, groups=6)),
     tiny.change(BASE, pattern='M-M-', positions='none', mamba2=tiny.change(SSD, heads=6, groups=1, dt_max=0.5)),
-    tiny.change(BASE, pattern='*-', rope_fraction=1.0, rope_scaling_factor=4.0, rope_scaling_low=1.0, rope_scaling_high=3.0, rope_scaling_length=16),
+    tiny.change(BASE, pattern='*-', rope_fraction=1.0, rope_scaling=LLAMA3),
+    *(tiny.change(BASE, pattern='*-', attention=AttentionConfig(3, 1, 10), rope_scaling=scaling) for scaling in SCALED),
     tiny.change(BASE, pattern='MM*--*', positions='none', mlp=GELU, attention=AttentionConfig(3, 1, 10), mamba2=tiny.change(SSD, dt_min=0.7)),
     tiny.change(BASE, pattern='-M', positions='none', mlp=GELU), tiny.change(BASE, pattern='M', tied=True, mamba2=tiny.change(SSD, heads=12, head_dim=4, groups=3, conv=2)),
     tiny.change(BASE, pattern='mm', tied=True, mamba=tiny.change(tiny.MODEL.mamba, d_inner=72, dt_rank=5, conv=2)),
@@ -107,6 +112,24 @@ def test_odd_models_of_our_own_have_equal_logits(tmp_path, model):
   assert np.abs(logits_of(load(tmp_path / 'out'), tokens) - ours).max() <= TOLERANCE * max(1.0, ours.std())
   again, notes = import_model(tmp_path / 'out', tmp_path / 'back')
   assert changed_function(Config(model=model), again) == [] and len(notes) == 1
+
+
+def test_scaled_frequencies_are_those_of_transformers():
+  from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+  random = np.random.default_rng(0)
+  for i in range(60):
+    kind, pairs = ('linear', 'yarn', 'llama3', 'longrope')[i % 4], int(random.integers(2, 33))
+    low, length = random.uniform(0.5, 4), int(random.integers(16, 9000))
+    turns = (low, low * random.uniform(1.2, 40)) if kind in ('yarn', 'llama3') else ()
+    factors = tuple(random.uniform(1, 60, pairs).tolist()) if kind == 'longrope' else ()
+    scaling = RopeScalingConfig(kind, random.uniform(1.5, 40), 0 if kind == 'linear' else length, turns, factors)
+    model = tiny.change(BASE, pattern='*-', attention=AttentionConfig(3, 1, 2 * pairs), rope_base=10 ** random.uniform(2, 6), rope_scaling=scaling)
+    validate(Config(model=model))
+    theirs = transformers.LlamaConfig(**write_config(model, length=10_000))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](theirs, seq_len=2 * length)
+    np.testing.assert_allclose(rope_frequencies(model, 2 * pairs), frequencies.numpy(), rtol=2e-6)
+    assert factor == attention_factor(scaling)
 
 
 @pytest.mark.parametrize('arch', ['transformer', 'mamba', 'mamba2', 'hybrid'])

@@ -13,7 +13,6 @@ import tiny
 
 from lmscale.models import model, stack
 from lmscale.models.context import Context, plain_context
-from lmscale.models.layers.attention import rope, rope_frequencies
 from lmscale.models.stacking import make_stacking
 
 
@@ -112,35 +111,6 @@ def test_norms_and_activations_against_numpy(norm, activation):
   else:
     up = functions[activation](up)
   np.testing.assert_allclose(y, x + up @ layer['down_kernel'] + layer['down_bias'], rtol=1e-9)
-
-
-def turned(fraction):
-  return tiny.change(tiny.MODEL, rope_fraction=fraction, rope_base=100.0)
-
-
-def test_scaled_rope_keeps_fast_rotations_slows_slow_ones_and_mixes_those_between():
-  scaling = {'rope_scaling_factor': 8.0, 'rope_scaling_low': 1.0, 'rope_scaling_high': 4.0, 'rope_scaling_length': 64}
-  config = tiny.change(tiny.MODEL, rope_base=500.0, **scaling)
-  plain = np.asarray(rope_frequencies(tiny.change(config, rope_scaling_factor=0.0), 32, jnp.float32), np.float64)
-  want = []
-  for f in plain:  # as the paper's code: by wavelengths
-    wave = 2 * np.pi / f
-    mixed = (64 / wave - 1) / (4 - 1)
-    want.append(f if wave < 64 / 4 else f / 8 if wave > 64 / 1 else (1 - mixed) * f / 8 + mixed * f)
-  assert len({w / f for w, f in zip(want, plain, strict=True)}) > 4  # all three cases
-  np.testing.assert_allclose(rope_frequencies(config, 32, jnp.float32), want, rtol=1e-6)
-
-
-def test_rope_rotates_only_its_fraction_and_depends_on_distance():
-  with jax.enable_x64(True):
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    np.testing.assert_array_equal(rope(turned(0.5), q, jnp.array([[5]]))[..., 4:], q[..., 4:])
-
-    def score(i, j):
-      return jnp.vdot(rope(turned(1.0), q, jnp.array([[i]])), rope(turned(1.0), k, jnp.array([[j]])))
-
-    np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-9)
-    assert abs(float(score(7, 3) - score(7, 4))) > 1e-3
 
 
 def test_initial_values_follow_the_papers():

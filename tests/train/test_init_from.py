@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
 from lmscale import config as config_lib
-from lmscale.config import Config
+from lmscale.config import Config, recipes
 from lmscale.errors import ConfigError
 from lmscale.train.resume import about, check_parameters
 from lmscale.train.schedule import Schedule
 from lmscale.train.workdir import Workdir
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def change(config, path, value):
@@ -63,13 +66,31 @@ def test_every_difference_of_the_function_has_a_line_and_so_has_the_tokenizer():
   ]  # fmt: skip
 
 
-@pytest.mark.parametrize(('path', 'value'), [('model.rope_base', 5e5), ('train.seq_len', 1024), ('model.mamba2.dt_max', 0.1), ('model.mamba2.dt_min', 0.01)])
+@pytest.mark.parametrize(('path', 'value'), [('model.rope_base', 5e5), ('train.seq_len', 1024), ('model.rope_scaling.factor', 4.0), ('model.mamba2.dt_max', 0.1), ('model.mamba2.dt_min', 0.01)])
 def test_what_may_be_meant_is_told(path, value):
   start = 'starting from the parameters of source at step 4'
   missing = 'source/config.json is missing: the config kept in the checkpoint was used'
-  before = {'model.rope_base': 10000.0, 'train.seq_len': 256}.get(path, 0.0)
+  before = {'model.rope_base': 10000.0, 'train.seq_len': 256, 'model.rope_scaling.factor': 1.0}.get(path, 0.0)
   told = f'other than there: {path}: {json.dumps(before)} -> {json.dumps(value)}'
   assert parameters(ALL, change(ALL, path, value)) == [start, missing, told]
+
+
+@pytest.mark.parametrize('context', ['16k', '32k', '128k'])
+@pytest.mark.parametrize('arch', ['transformer', 'mamba', 'mamba2', 'hybrid'])
+def test_the_study_goes_on_at_longer_contexts(arch, context):
+  recipe, length = f'{ROOT}/configs/mamba_study.py:arch={arch},size=8b', {'16k': 16384, '32k': 32768, '128k': 131072}[context]
+  paths = [('data.sources.0.path', 'x'), ('train.init_from', 'source')]
+  old, new = recipes.load(recipe, paths), recipes.load(f'{recipe},context={context}', paths)
+  longer = f'other than there: train.seq_len: 4096 -> {length}'
+  assert parameters(old, new)[2:] == [longer]
+  if arch == 'transformer':
+    scaling = {'kind': 'yarn', 'factor': length / 4096, 'length': 4096, 'turns': '[1, 32]'}
+    scaled = recipes.change(new, [(f'model.rope_scaling.{name}', str(value)) for name, value in scaling.items()])
+    assert parameters(old, scaled)[2:] == [
+      'other than there: model.rope_scaling.kind: "none" -> "yarn"', f'other than there: model.rope_scaling.factor: 1.0 -> {length / 4096}',
+      'other than there: model.rope_scaling.length: 0 -> 4096', longer, 'other than there: model.rope_scaling.turns.0: absent -> 1.0',
+      'other than there: model.rope_scaling.turns.1: absent -> 32.0',
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

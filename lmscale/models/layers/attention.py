@@ -1,7 +1,6 @@
 """Causal softmax attention: MHA, GQA or MQA; RoPE on a fraction of each head, or no positions."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -11,8 +10,8 @@ from lmscale.config import ModelConfig
 from lmscale.kernels.attention import attention
 from lmscale.models.context import Context
 from lmscale.models.layers.base import PER_HEAD, TOKENS, Cache, CacheSpec, Layer, cut_groups, named
-from lmscale.models.norms import accumulator
 from lmscale.models.params import normal
+from lmscale.models.positions import rope
 
 
 class Attention(Layer):
@@ -59,33 +58,6 @@ class Attention(Layer):
     projections = 2 * config.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
     core = 4 * seq_len * c.heads * c.head_dim  # scores, and their product with the values
     return projections + (core // 2 if causal else core)
-
-
-def rope(config: ModelConfig, x_BTHP: jax.Array, positions_BT: jax.Array) -> jax.Array:
-  """Rotary positions (arXiv 2104.09864) on the first `rope_fraction` of each head, halves rotated against each other."""
-  rotary = int(x_BTHP.shape[-1] * config.rope_fraction)
-  acc = accumulator(x_BTHP.dtype)
-  angle = positions_BT[..., None, None].astype(acc) * rope_frequencies(config, rotary, acc)
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  first, second, rest = jnp.split(x_BTHP.astype(acc), [rotary // 2, rotary], axis=-1)
-  rotated = [first * cos - second * sin, second * cos + first * sin, rest]
-  return jnp.concatenate(rotated, axis=-1).astype(x_BTHP.dtype)
-
-
-def rope_frequencies(config: ModelConfig, rotary: int, dtype: Any) -> jax.Array:
-  """Radians per position [rotary / 2]: base^(-2i/rotary), scaled as Llama 3.1 does (arXiv 2407.21783, section 3.2) where
-  `rope_scaling_factor` is set.
-
-  A rotation of wavelength w makes n = rope_scaling_length / w turns over the positions that were trained. Below `low` turns it is
-  slowed by the factor, above `high` kept, and in between mixed by (n - low) / (high - low).
-  """
-  inverse = config.rope_base ** (-jnp.arange(0, rotary, 2, dtype=dtype) / rotary)
-  if not config.rope_scaling_factor:
-    return inverse
-  low, high = config.rope_scaling_low, config.rope_scaling_high
-  turns = config.rope_scaling_length * inverse / (2 * math.pi)
-  kept = jnp.clip((turns - low) / (high - low), 0, 1)
-  return inverse * (kept + (1 - kept) / config.rope_scaling_factor)
 
 
 def cache_places(ctx: Context, t: int, length: int) -> jax.Array:
