@@ -124,16 +124,19 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_eval_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--tasks', metavar='NAME,NAME', help='what to score the model on (with --job=eval)')
+  parser.add_argument('--tasks', metavar='NAME,NAME', help='what to score the model on (with --job=eval); default, as of the next three: eval.* of the config')
   parser.add_argument('--data', metavar='FOLDER', help='where data sets lie as JSON lines (with --job=eval)')
-  parser.add_argument('--lengths', metavar='N,N', help='tokens of synthetic tasks (with --job=eval); default: 1024')
+  parser.add_argument('--lengths', metavar='N,N', help='tokens of synthetic tasks (with --job=eval)')
+  parser.add_argument('--samples', type=int, metavar='N', help='of each task at most so many, drawn; 0: all of a file, 100 of a synthetic task (with --job=eval)')
+  parser.add_argument('--shots', type=int, default=0, metavar='N', help='examples to show before a standard question (with --job=eval); default: 0')
   parser.add_argument('--haystack', metavar='FILE', help="text in which needles are hidden (with --job=eval); default: Python's help topics")
-  for name, text in (
-    ('samples', 'of each task at most so many, drawn; default: all of a file, 100 of a synthetic task'),
-    ('shots', 'examples to show before a standard question; default: 0'),
-    ('context', 'tokens that the model reads at most; default: train.seq_len, or the longest of --lengths'),
-  ):
-    parser.add_argument(f'--{name}', type=int, default=0, metavar='N', help=f'{text} (with --job=eval)')
+  parser.add_argument(
+    '--context',
+    type=int,
+    default=0,
+    metavar='N',
+    help='tokens that the model reads at most (with --job=eval); default: train.seq_len, or the longest of the lengths',
+  )
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -155,7 +158,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str
     able = ' or '.join(f'--job={name}' for name, job in jobs.JOBS.items() if job.json)
     raise ConfigError(f'--json: only with {able}')
   for job, name in ((job, name) for job, about in jobs.JOBS.items() for name in about.flags):
-    if getattr(flags, name) and flags.job != job:
+    if getattr(flags, name) not in (None, 0, [], '') and flags.job != job:
       raise ConfigError(f'--{name}: only with --job={job}')
   return flags, overrides
 

@@ -23,7 +23,7 @@ MAY = {  # part of lmscale -> the parts that it may import, beside itself and `e
   'generate': MODEL | {'parallel', 'data'},
   'eval': MODEL | {'data', 'generate', 'parallel'},
   'interop': BELOW_TRAIN | {'train'},
-  'train': BELOW_TRAIN | {'generate'},  # samples are drawn while a run trains
+  'train': BELOW_TRAIN | {'eval', 'generate'},  # samples are drawn and tasks are scored while a run trains
   'jobs': BELOW_TRAIN | {'eval', 'generate', 'interop', 'train'},
 }
 NOT_HERE = {  # part -> packages and names that it does not know

@@ -301,8 +301,9 @@ def test_train_hands_the_loop_what_it_needs(capsys, monkeypatch, tmp_path):
 
   seen = {}
 
-  def train(config, made, loader, held_out, workdir, flops, tokenizer, reference, began):
+  def train(config, made, loader, held_out, workdir, flops, tokenizer, reference, began, evaluations):
     workdir.record()
+    assert evaluations.score
     seen.update(config=config, flops=flops, reference=reference, rows=loader.batch(0, range(2))['tokens'].shape)
     return 75
 
@@ -315,6 +316,8 @@ def test_train_hands_the_loop_what_it_needs(capsys, monkeypatch, tmp_path):
     f'--config.data.sources={source}',
     f'--config.data.cache={tmp_path / "cache"}',
     '--config.loop.eval_every=0',
+    '--config.eval.every=9',
+    '--config.eval.tasks=["copy"]',
   ]
   assert run.main([*argv, f'--workdir={tmp_path / "run"}']) == 75
   assert seen['config'].mesh.size == 8

@@ -22,6 +22,7 @@ from lmscale.config.fields import (
   AttentionConfig,
   Config,
   DataConfig,
+  EvalConfig,
   GenerateConfig,
   LoopConfig,
   Mamba2Config,
@@ -50,7 +51,7 @@ from lmscale.config.recipes import arguments
 from lmscale.errors import ConfigError
 
 __all__ = [
-  'FIELD_KINDS', 'LAYER_KINDS', 'SOURCE_KINDS', 'USES', 'AttentionConfig', 'Config', 'ConfigError', 'DataConfig',
+  'FIELD_KINDS', 'LAYER_KINDS', 'SOURCE_KINDS', 'USES', 'AttentionConfig', 'Config', 'ConfigError', 'DataConfig', 'EvalConfig',
   'GenerateConfig', 'LoopConfig', 'MLPConfig', 'Mamba2Config', 'MambaConfig', 'MeshConfig', 'ModelConfig', 'OptimizerConfig', 'RopeScalingConfig',
   'SourceConfig', 'TrainConfig',
   'arguments', 'batch_segments', 'check_mesh', 'check_tensor', 'element', 'field_types', 'fill_data', 'flatten', 'from_dict',

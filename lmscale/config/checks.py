@@ -57,6 +57,7 @@ AT_LEAST = {  # smallest allowed integer
   'loop.log_every': 1, 'loop.eval_every': 0, 'loop.eval_samples': 1, 'loop.checkpoint_every': 0, 'loop.keep': 1,
   'loop.sample_every': 0, 'loop.sample_tokens': 1,
   'generate.tokens': 1, 'generate.top_k': 0, 'generate.batch': 1, 'generate.prefill_chunk': 1,
+  'eval.every': 0, 'eval.samples': 0,
 }  # fmt: skip
 LARGEST = 2**26  # of any integer but token counts: what is made of them fits in 32 or 64 bits
 
@@ -363,6 +364,12 @@ def _check_rest(config: Config) -> None:
     )
   if '' in config.generate.stop:
     raise ConfigError('generate.stop: an empty text stops everything at once; leave it out')
+  if bad := [length for length in config.eval.lengths if not 0 < length <= LARGEST]:
+    raise ConfigError(f'eval.lengths: {bad[0]} is no number of tokens from 1 to {LARGEST}')
+  if not config.eval.lengths:
+    raise ConfigError('eval.lengths: empty; give at least one number of tokens, for example [1024]')
+  if config.eval.every and not config.eval.tasks:
+    raise ConfigError(f'eval.tasks: none, but eval.every is {config.eval.every}; name some, or set eval.every=0')
   if config.loop.eval_every and not config.data.validation:
     raise ConfigError(
       f'data.validation: 0 holds nothing out, but loop.eval_every is {config.loop.eval_every}; set '

@@ -210,6 +210,17 @@ class GenerateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """The tasks on which the model is scored: while it trains, and by the job `eval` where its flags name no others."""
+
+  every: int = 0  # steps, and at the end; 0: only by the job
+  tasks: tuple[str, ...] = ()  # names, as docs/evaluation.md lists them
+  data: str = ''  # the folder of data sets
+  lengths: tuple[int, ...] = (1024,)  # tokens of synthetic tasks; the longest is that of loss_by_position
+  samples: int = 0  # of each task at most so many, drawn; 0: all of a file, 100 of a synthetic task
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A complete recipe."""
 
@@ -222,4 +233,5 @@ class Config:
   data: DataConfig = DataConfig()
   loop: LoopConfig = LoopConfig()
   generate: GenerateConfig = GenerateConfig()
+  eval: EvalConfig = EvalConfig()
   emulate: int = 0  # CPU devices to emulate; 0: the real devices

@@ -1,6 +1,7 @@
 """Tasks for a model: from their names to numbers, with what is needed to know later where those are from."""
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -8,10 +9,11 @@ from typing import Any
 
 from lmscale.data.synthetic.dice import Dice
 from lmscale.data.synthetic.tasks import VERSION
+from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
 from lmscale.eval.metrics import mean, standard_error
 from lmscale.eval.requests import Model, ask
-from lmscale.eval.tasks import files, long, standard, synthetic
+from lmscale.eval.tasks import files, long, position, standard, synthetic
 from lmscale.eval.tasks.sample import Sample, text
 
 TEXT = 'text'  # the task of texts themselves: how likely is each, per byte and per token
@@ -20,7 +22,8 @@ TEXT = 'text'  # the task of texts themselves: how likely is each, per byte and 
 @dataclasses.dataclass(frozen=True)
 class Options:
   """data: the folder of data sets. samples: of each task, 0 for all that there are (of synthetic ones, DEFAULT). shots: examples shown before
-  a standard question. tokens: lengths of synthetic tasks. haystack: text in which needles are hidden; '': Python's help topics."""
+  a standard question. tokens: lengths of synthetic tasks; the longest is that of loss by position. haystack: text in which needles are
+  hidden; '': Python's help topics. context: tokens that the model reads at most."""
 
   data: pathlib.Path | None = None
   samples: int = 0
@@ -28,6 +31,13 @@ class Options:
   tokens: tuple[int, ...] = (1024,)
   haystack: str = ''
   seed: int = 0
+  context: int = 1024
+
+  def describe(self) -> dict[str, Any]:
+    """What a score depends on beside the model and the data, JSON-able."""
+    haystack = hashlib.sha256(self.haystack.encode()).hexdigest() if self.haystack else ''
+    return {'samples': self.samples, 'shots': self.shots, 'lengths': list(self.tokens), 'haystack': haystack, 'seed': self.seed,
+            'context': self.context}  # fmt: skip
 
 
 DEFAULT = 100
@@ -35,39 +45,56 @@ DEFAULT = 100
 
 def task_names() -> list[str]:
   """All that can be asked for."""
-  return [*standard.TASKS, *long.TASKS, *synthetic.NAMES, TEXT]
+  return [*standard.TASKS, *long.TASKS, *synthetic.NAMES, TEXT, position.NAME]
 
 
-def check_tasks(names: Sequence[str]) -> None:
-  """Raises ConfigError for a name that is none, or none at all."""
+def check_tasks(names: Sequence[str], field: str) -> None:
+  """Raises ConfigError for a name that is none, or none at all. field: where they were given."""
   known = task_names()
   if not names:
-    raise ConfigError(f'--tasks: none; give some of {", ".join(known)}')
+    raise ConfigError(f'{field}: none; give some of {", ".join(known)}')
   for name in names:
     if name not in known:
-      raise ConfigError(f'--tasks: {name!r} is no task; known: {", ".join(known)}')
+      raise ConfigError(f'{field}: {name!r} is no task; known: {", ".join(known)}')
+
+
+def has_lengths(names: Sequence[str]) -> bool:
+  """Whether `Options.tokens` matter to one of them."""
+  return bool(set(names) & {*synthetic.NAMES, position.NAME})
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """The samples of a task, and the digest of the file that they are from ('' where it is none)."""
+  """The samples of a task, and the digest of the file that they are from, or of what made them."""
 
   samples: list[Sample]
   digest: str
 
+  @property
+  def questions(self) -> str:
+    """SHA-256 of all that the model is asked: equal where two models were asked the same."""
+    return hashlib.sha256(repr([sample.requests for sample in self.samples]).encode('utf-8', 'backslashreplace')).hexdigest()
 
-def prepare(name: str, model: Model, options: Options) -> Asked:
-  """The samples of a task. Raises ConfigError where they cannot be had."""
+
+def prepare(name: str, tokenizer: Tokenizer, options: Options) -> Asked:
+  """The samples of a task, for a model that reads the ids of `tokenizer`. Raises ConfigError where they cannot be had."""
   if name in synthetic.NAMES:
     material, digest = synthetic.material(name, options.haystack, options.data)
     count = options.samples or DEFAULT
-    lengths = [synthetic.samples(name, model, tokens, count, options.seed, material) for tokens in options.tokens]
+
+    def of(tokens: int) -> list[Sample]:
+      return synthetic.samples(name, lambda text: len(tokenizer.encode(text)), tokens, count, options.seed, material)
+
+    lengths = [of(tokens) for tokens in options.tokens]
     return Asked([sample for of_length in lengths for sample in of_length], digest or f'synthetic {VERSION}')
   if options.data is None:
     raise ConfigError(f'task {name}: it is read from a folder; give it as --data=FOLDER')
   if name == TEXT:
     data = files.read(options.data, TEXT, {'text': str}, name)
     return Asked([text(doc['text']) for doc in _some(data.docs, options)], data.digest)
+  if name == position.NAME:
+    data, tokens = files.read(options.data, TEXT, {'text': str}, name), min(max(options.tokens), options.context)
+    return Asked(position.samples([doc['text'] for doc in data.docs], tokenizer, tokens, options.samples, options.seed), data.digest)
   if name in long.TASKS:
     make, _ = long.TASKS[name]
     data = files.read(options.data, name, long.COLUMNS, name)
@@ -107,14 +134,20 @@ def _some(docs: list[files.Doc], options: Options) -> list[files.Doc]:
   return [docs[i] for i in sorted(chosen)]
 
 
-def run_task(name: str, model: Model, asked: Asked) -> dict[str, Any]:
-  """The scores of a task: {metric, metric_stderr, samples}, JSON-able; of synthetic ones also by length, and by depth where they have one."""
+def score_samples(model: Model, asked: Asked) -> list[dict[str, float]]:
+  """{metric: number} of each sample."""
   requests = [request for sample in asked.samples for request in sample.requests]
   answers = iter(ask(model, requests))
-  scored = [sample.score([next(answers) for _ in sample.requests]) for sample in asked.samples]
+  return [sample.score([next(answers) for _ in sample.requests]) for sample in asked.samples]
+
+
+def summarise(name: str, asked: Asked, scored: list[dict[str, float]]) -> dict[str, Any]:
+  """The scores of a task: {metric, metric_stderr, samples}, JSON-able; of synthetic ones also by length, and by depth where they have one."""
   if name == TEXT:
     return _text_scores(scored) | {'digest': asked.digest}
   found = _scores(scored)
+  if name == position.NAME:
+    return position.by_position(found) | {'digest': asked.digest}
   lengths = dict.fromkeys(sample.facts['length'] for sample in asked.samples if 'length' in sample.facts)
   if lengths:
     of = {n: [(sample, score) for sample, score in zip(asked.samples, scored, strict=True) if sample.facts['length'] == n] for n in lengths}
@@ -160,4 +193,4 @@ def metric_of(name: str) -> str:
     return standard.TASKS[name].metric
   if name in long.TASKS:
     return long.TASKS[name][1]
-  return 'bits_per_byte' if name == TEXT else 'acc'
+  return {TEXT: 'bits_per_byte', position.NAME: 'loss'}.get(name, 'acc')

@@ -1,4 +1,4 @@
-"""Pictures of scores: accuracy against the length of the text, and where in it a needle is found."""
+"""Pictures of scores: accuracy against the length of the text, where in it a needle is found, and the loss against what was read before."""
 
 import math
 import pathlib
@@ -8,12 +8,17 @@ COLOURS = ('#0072b2', '#d55e00', '#009e73', '#aa3377', '#a6761d', '#333333', '#5
 STYLE = {'svg.fonttype': 'none', 'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False}
 
 
-def draw(tasks: dict[str, dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
-  """length.svg and depth.svg, of those of the scored tasks that have several lengths, or depths; the files that were written."""
+def draw(tasks: dict[str, dict[str, Any]], folder: pathlib.Path, trained: int) -> list[pathlib.Path]:
+  """length.svg, depth.svg and position.svg, of those of the scored tasks that have several lengths, depths or places; the files that were
+  written. trained: tokens of the context in training."""
   by_length = {name: scores['by_length'] for name, scores in tasks.items() if len(scores.get('by_length', {})) > 1}
   by_depth = {name: scores['by_length'] for name, scores in tasks.items() if has_depths(scores)}
+  by_position = {name: scores['by_position'] for name, scores in tasks.items() if len(scores.get('by_position', {})) > 1}
   written = []
-  for parts, what, name in ((by_length, _lengths, 'length.svg'), (by_depth, _depths, 'depth.svg')):
+  for parts, what, name in (
+    (by_length, _lengths, 'length.svg'), (by_depth, _depths, 'depth.svg'),
+    (by_position, lambda pyplot, of: _positions(pyplot, of, trained), 'position.svg'),
+  ):  # fmt: skip
     if parts:
       written.append(folder / name)
       _save(lambda pyplot, what=what, parts=parts: what(pyplot, parts), written[-1])
@@ -71,3 +76,31 @@ def _depths(pyplot: Any, tasks: dict[str, dict[str, Any]]) -> Any:
     axes.set_xlabel('tokens')
   figure.colorbar(image, ax=grid, label='accuracy', shrink=0.8)
   return figure
+
+
+def _positions(pyplot: Any, tasks: dict[str, dict[str, Any]], trained: int) -> Any:
+  figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
+  draw_positions(axes, tasks, trained)
+  return figure
+
+
+def draw_positions(axes: Any, series: dict[str, dict[str, Any]], trained: int) -> None:
+  """The loss of each bin of positions, of several models or texts, {name: by_position}, and where the context of training ends."""
+  last = 1
+  for i, (name, of) in enumerate(series.items()):
+    ends = [tuple(map(int, places.split('-'))) for places in of]
+    middles = [math.sqrt(a * b) for a, b in ends]
+    last = max(last, *(b for _, b in ends))
+    errors = [bin['loss_stderr'] or 0.0 for bin in of.values()]
+    axes.errorbar(middles, [bin['loss'] for bin in of.values()], errors, label=name, color=COLOURS[i % len(COLOURS)], marker='.', capsize=2)
+  axes.set_xscale('log', base=2)
+  ticks = [4**k for k in range(12) if 4**k <= last]
+  axes.set_xticks(ticks, [f'{n:,}' for n in ticks])
+  axes.minorticks_off()
+  if trained < last:
+    axes.axvline(trained, color='#888888', linestyle=':', linewidth=1)
+    axes.annotate(f'trained: {trained:,}', (trained, 1), xycoords=('data', 'axes fraction'), xytext=(4, -2), textcoords='offset points',
+                  va='top', color='#888888')  # fmt: skip
+  axes.set(xlabel='position in the context (tokens read before)', ylabel='loss (nats / token)')
+  if len(series) > 1:
+    axes.legend(frameon=False)

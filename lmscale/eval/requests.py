@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,13 @@ class Rolling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Window:
+  """How likely is each of the tokens `ids`, from the token on that ends a document, behind those before it?"""
+
+  ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Writing:
   """What does the model write behind `context`, greedily, up to one of `until` (left out) or `tokens` tokens?"""
 
@@ -29,7 +38,7 @@ class Writing:
   tokens: int = 128
 
 
-Request = Continuation | Rolling | Writing
+Request = Continuation | Rolling | Window | Writing
 
 
 class Likelihood(NamedTuple):
@@ -47,16 +56,17 @@ class Model(Protocol):
 
   def rolling(self, requests: Sequence[Rolling]) -> list[Likelihood]: ...
 
+  def windows(self, requests: Sequence[Window]) -> list[np.ndarray]:
+    """Log-probabilities in nats, float64 [tokens]."""
+
   def write(self, requests: Sequence[Writing]) -> list[str]: ...
 
-  def count(self, text: str) -> int:
-    """The tokens of a text."""
 
-
-def ask(model: Model, requests: Sequence[Request]) -> list[Likelihood | str]:
+def ask(model: Model, requests: Sequence[Request]) -> list[Any]:
   """The answers to requests of any kinds."""
-  answers: dict[int, Likelihood | str] = {}
-  for kind, method in ((Continuation, model.continuations), (Rolling, model.rolling), (Writing, model.write)):
+  answers: dict[int, Any] = {}
+  methods = {Continuation: 'continuations', Rolling: 'rolling', Window: 'windows', Writing: 'write'}
+  for kind, method in methods.items():
     of_kind = [i for i, request in enumerate(requests) if isinstance(request, kind)]
-    answers |= zip(of_kind, method([requests[i] for i in of_kind]) if of_kind else [], strict=True)
+    answers |= zip(of_kind, getattr(model, method)([requests[i] for i in of_kind]) if of_kind else [], strict=True)
   return [answers[i] for i in range(len(requests))]

@@ -5,27 +5,18 @@ tokenised together and cut where the context alone ends, and an empty context is
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from lmscale.config import Config, GenerateConfig
+from lmscale.config import GenerateConfig
 from lmscale.data.tokenizer import Tokenizer
-from lmscale.eval.requests import Continuation, Likelihood, Rolling, Writing
-from lmscale.generate.engine import ROWS, Engine
+from lmscale.eval.requests import Continuation, Likelihood, Rolling, Window, Writing
+from lmscale.generate.engine import Engine
 from lmscale.generate.generator import Generator, cache_length, round_up
 from lmscale.generate.ragged import chunks, cut
 from lmscale.generate.text import continue_texts, encode_prompt
-from lmscale.models import model
-from lmscale.parallel.mesh import MANUAL
-from lmscale.parallel.rules import make_constrain, make_rules
-
-TOKENS_AT_A_TIME = 64  # of each row, whose logits exist together
 
 
 class Pair(NamedTuple):
@@ -35,39 +26,51 @@ class Pair(NamedTuple):
   scored: list[int]
 
 
-class Scorer:
-  """A model with its tokenizer. context: tokens that it reads at most; longer texts lose their beginning, and `truncated` counts them."""
+class Scored(NamedTuple):
+  """Of each token that was scored: its log-probability, float64, and whether it was the likeliest."""
 
-  def __init__(self, engine: Engine, tokenizer: Tokenizer, options: GenerateConfig, context: int):
+  logps: np.ndarray
+  greedy: np.ndarray
+
+  @property
+  def together(self) -> Likelihood:
+    return Likelihood(float(self.logps.sum()), bool(self.greedy.all()), len(self.logps))
+
+
+class Scorer:
+  """A model with its tokenizer. context: tokens that it reads at most; longer texts lose their beginning, and `truncated` counts them.
+
+  between: is called between batches, in several processes at the same places, and may raise what ends the asking.
+  """
+
+  def __init__(
+    self, engine: Engine, tokenizer: Tokenizer, options: GenerateConfig, context: int, between: Callable[[], None] = lambda: None
+  ):
     self._engine, self._tokenizer, self._options, self.context = engine, tokenizer, options, context
     self._generator = Generator(engine, tokenizer.size)
     self._rows = round_up(options.batch, engine.ranks)
-    self._likelihoods = jax.jit(
-      jax.shard_map(
-        functools.partial(_likelihoods, engine.setup.config, tokenizer.size), mesh=engine.setup.mesh, in_specs=(PartitionSpec(), ROWS, ROWS),
-        out_specs=(ROWS, ROWS), axis_names=set(MANUAL), check_vma=False,
-      )
-    )  # fmt: skip
+    self._between = between
     self.truncated = 0
-
-  def count(self, text: str) -> int:
-    """The tokens of a text."""
-    return len(self._tokenizer.encode(text))
 
   def continuations(self, requests: Sequence[Continuation]) -> list[Likelihood]:
     """See `requests.Continuation`."""
-    return self._score([self.encode_pair(request.context, request.text) for request in requests])
+    scored = self._score([self.encode_pair(request.context, request.text) for request in requests])
+    return [one.together for one in scored]
 
   def rolling(self, requests: Sequence[Rolling]) -> list[Likelihood]:
     """See `requests.Rolling`. Texts longer than the context are read in windows of it that predict each token once; the last one
     begins as early as it can."""
-    parts = [self.windows([int(i) for i in self._tokenizer.encode(request.text)]) for request in requests]
+    parts = [self.cut_windows([int(i) for i in self._tokenizer.encode(request.text)]) for request in requests]
     found = iter(self._score([pair for pairs in parts for pair in pairs]))
     sums = []
     for pairs in parts:
-      answers = [next(found) for _ in pairs]
+      answers = [next(found).together for _ in pairs]
       sums.append(Likelihood(sum(a.logp for a in answers), all(a.greedy for a in answers), sum(a.tokens for a in answers)))
     return sums
+
+  def windows(self, requests: Sequence[Window]) -> list[np.ndarray]:
+    """See `requests.Window`."""
+    return [scored.logps for scored in self._score([Pair([self._tokenizer.end], list(request.ids)) for request in requests])]
 
   def write(self, requests: Sequence[Writing]) -> list[str]:
     """See `requests.Writing`."""
@@ -80,6 +83,7 @@ class Scorer:
       options = dataclasses.replace(self._options, tokens=tokens, stop=until, temperature=0.0)
       for piece in continue_texts(self._generator, self._tokenizer, [prompts[j] for j in order], options, seed=0):
         texts[chosen[order[piece.prompt]]] += piece.text
+        self._between()
     return texts
 
   def encode_pair(self, context: str, text: str) -> Pair:
@@ -91,7 +95,7 @@ class Scorer:
       return Pair([self._tokenizer.end], both)
     return Pair(both[:before], both[before:])
 
-  def windows(self, ids: list[int]) -> list[Pair]:
+  def cut_windows(self, ids: list[int]) -> list[Pair]:
     """A text cut so that each of its tokens is scored once."""
     size = self.context
     pairs = [Pair([self._tokenizer.end], ids[:size])] if ids else []
@@ -105,15 +109,17 @@ class Scorer:
     self.truncated += len(prompt) > room
     return prompt[-room:]
 
-  def _score(self, pairs: Sequence[Pair]) -> list[Likelihood]:
+  def _score(self, pairs: Sequence[Pair]) -> list[Scored]:
     """Of each pair. Those with the same tokens before share their prefix, which is read once."""
     groups: dict[tuple[int, ...], list[int]] = {}
     fitted = [self._fit(pair) for pair in pairs]
     for i, (before, _) in enumerate(fitted):
       groups.setdefault(tuple(before[:-1]), []).append(i)
-    found: dict[int, Likelihood] = {i: Likelihood(0.0, True, 0) for i, (_, scored) in enumerate(fitted) if not scored}
+    nothing = Scored(np.zeros(0), np.zeros(0, bool))
+    found: dict[int, Scored] = {i: nothing for i, (_, scored) in enumerate(fitted) if not scored}
     prefixes = sorted(groups, key=lambda prefix: (len(prefix), prefix))
     for first in range(0, len(prefixes), self._rows):
+      self._between()
       part = prefixes[first : first + self._rows]
       found |= self._score_batch(part, [(row, i, fitted[i]) for row, prefix in enumerate(part) for i in groups[prefix] if fitted[i].scored])
     return [found[i] for i in range(len(pairs))]
@@ -127,7 +133,7 @@ class Scorer:
     scored = scored[-self.context :]
     return Pair(before[-(self.context + 1 - len(scored)) :], scored)
 
-  def _score_batch(self, prefixes: list[tuple[int, ...]], members: list[tuple[int, int, Pair]]) -> dict[int, Likelihood]:
+  def _score_batch(self, prefixes: list[tuple[int, ...]], members: list[tuple[int, int, Pair]]) -> dict[int, Scored]:
     """members: (row of its prefix, index, pair), scored `rows` at a time."""
     if not members:
       return {}
@@ -136,7 +142,7 @@ class Scorer:
     caches, width = self._engine.empty(self._rows, length), min(self._options.prefill_chunk, length)
     counts = np.array([*map(len, prefixes), *[0] * (self._rows - len(prefixes))], np.int32)
     caches, _ = self._read(caches, prefixes, np.zeros(self._rows, np.int32), width, None)
-    found: dict[int, Likelihood] = {}
+    found: dict[int, Scored] = {}
     members = sorted(members, key=lambda member: len(member[2][1]))
     for first in range(0, len(members), self._rows):
       part = members[first : first + self._rows]
@@ -145,44 +151,22 @@ class Scorer:
       texts = [(before[-1], *scored[:-1]) for _, _, (before, scored) in part]
       labels = [scored for _, _, (_, scored) in part]
       _, scores = self._read(self._engine.repeat(caches, sources), texts, counts[sources], width, labels)
-      for (_, i, (_, scored)), (logps, greedy) in zip(part, scores, strict=True):
-        found[i] = Likelihood(float(logps.sum()), bool(greedy.all()), len(scored))
+      found |= {i: scored for (_, i, _), scored in zip(part, scores, strict=True)}
     return found
 
   def _read(
     self, caches: object, texts: Sequence[Sequence[int]], held: np.ndarray, width: int, labels: Sequence[Sequence[int]] | None
-  ) -> tuple[object, list[tuple[np.ndarray, np.ndarray]]]:
+  ) -> tuple[object, list[Scored]]:
     """Reads a text into each row behind the `held` tokens there, `width` at a time.
 
-    Returns (caches; with labels, the tokens that follow each, (log-probability float64, whether it is the likeliest) of each).
+    Returns (caches; with labels, the tokens that follow each, what they score).
     """
     parts = []
     for chunk in chunks(texts, held, width):
       hidden, caches = self._engine.prefill(caches, *chunk[1:])
       if labels is not None:
-        wanted = self._engine.put(cut(labels, chunk.start, chunk.tokens.shape))
-        parts.append(self._engine.call(self._likelihoods, self._engine.params, hidden, wanted))
+        parts.append(self._engine.likelihoods(hidden, cut(labels, chunk.start, chunk.tokens.shape), self._tokenizer.size))
     if labels is None:
       return caches, []
     logps, greedy = (np.concatenate([np.asarray(part[k]) for part in parts], axis=1) for k in (0, 1))
-    return caches, [(logps[row, :n].astype(np.float64), greedy[row, :n]) for row, n in enumerate(map(len, texts))]
-
-
-def _likelihoods(config: Config, ids: int, params: object, hidden_BTD: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(log-probability float32, whether none of the tokenizer's ids is likelier) of each label, some tokens at a time."""
-  constrain = make_constrain(config, make_rules(config))
-  b, t, d = hidden_BTD.shape
-  size = min(TOKENS_AT_A_TIME, t)
-  padded = -(-t // size) * size
-  hidden = jnp.pad(hidden_BTD, ((0, 0), (0, padded - t), (0, 0))).reshape(b, -1, size, d).swapaxes(0, 1)
-  labels = jnp.pad(labels_BT, ((0, 0), (0, padded - t))).reshape(b, -1, size).swapaxes(0, 1)
-
-  def some(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    hidden, labels = inputs
-    logits = constrain(model.logits(config.model, params, hidden), ('batch', None, None))
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < ids, logits, -jnp.inf)
-    logps = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0], jnp.argmax(logits, axis=-1) == labels
-
-  found = jax.lax.map(some, (hidden, labels))
-  return tuple(part.swapaxes(0, 1).reshape(b, -1)[:, :t] for part in found)
+    return caches, [Scored(logps[row, :n].astype(np.float64), greedy[row, :n]) for row, n in enumerate(map(len, texts))]

@@ -8,6 +8,7 @@ for its `tensor` share.
   hidden, caches = engine.prefill(caches, tokens, positions, segments, slots)     # a chunk of each row's tokens, ragged
   chosen, state, caches = engine.step(caches, state, live, seed, sampling, ids)   # the next token of every row
   many = engine.repeat(caches, sources)                                           # a prefix for many rows
+  logps, greedy = engine.likelihoods(hidden, labels, ids)                         # of given tokens, from a chunk's hidden states
 
 `prefill` and `step` take the caches away from their caller (they are donated) and hand back the new ones. What is in a row
 depends on that row's tokens alone.
@@ -23,6 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmscale.generate.choose import Choose, Sampling, make_choose, row_keys
+from lmscale.generate.likelihoods import make_likelihoods
 from lmscale.models import model
 from lmscale.models.context import Context
 from lmscale.models.layers import LAYERS
@@ -81,6 +83,11 @@ class Engine:
     """Caches whose row i is row sources[i] (int32 [rows]) of `caches`, which stay: one prefix, read once, for many rows."""
     return self.call(self._repeat, caches, self.put(sources, whole=True))
 
+  def likelihoods(self, hidden: jax.Array, labels: np.ndarray, ids: int) -> tuple[jax.Array, jax.Array]:
+    """Of the tokens `labels` (int32 [rows, t]) that follow those whose hidden states `prefill` gave: (log-probability float32, whether
+    none of the tokenizer's `ids` is likelier), [rows, t], whole on every device."""
+    return self.call(self._likelihoods(ids), self.params, hidden, self.put(labels))
+
   def step(
     self, caches: Any, state: dict[str, jax.Array], live: jax.Array, seed: jax.Array, sampling: Sampling, ids: int
   ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
@@ -101,6 +108,11 @@ class Engine:
       self._over_mesh(step, specs, (ROWS, ROWS, ROWS)),
       donate_argnums=(1, 2), out_shardings=(self._whole, self._by_row, self._placed()),
     )  # fmt: skip
+
+  @functools.cache  # noqa: B019
+  def _likelihoods(self, ids: int) -> Any:
+    likelihoods = make_likelihoods(self.setup.config, ids, self._hooks['constrain'])
+    return jax.jit(self._over_mesh(likelihoods, (PartitionSpec(), ROWS, ROWS), (ROWS, ROWS)), out_shardings=self._whole)
 
   def put(self, values: np.ndarray, whole: bool = False) -> jax.Array:
     """On the mesh, cut by rows or (`whole`) not at all. A copy: a CPU's array would share the memory of `values`."""

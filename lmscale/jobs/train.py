@@ -17,7 +17,7 @@ from lmscale.jobs.devices import count_devices
 from lmscale.plan.activations import check_kernels
 from lmscale.plan.devices import describe_peak
 from lmscale.plan.report import format_report, make_report
-from lmscale.train import loop, program
+from lmscale.train import loop, program, scores
 from lmscale.train.console import say
 from lmscale.train.goodput import process_start
 from lmscale.train.resume import check_source
@@ -53,6 +53,7 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   loader = Loader(mesh_config, tell=processes.is_first())
   held_out = Loader(mesh_config, 'validation', tell=False) if config.loop.eval_every else None
   say(format_data(loader, report['tokens'] // config.train.seq_len))
+  evaluations = scores.Schedule(mesh_config, loader.tokenizer) if config.eval.every else None
   with open_workdir(folder, config) as workdir:
     say(f'workdir           {workdir.path}')
     processes.wait_for_all('ready')  # data may take one process much longer than another; collectives do not wait so long
@@ -66,6 +67,7 @@ def run(config: Config, flags: argparse.Namespace) -> int:
       loader.tokenizer,
       reference=loader.order1_entropy() if loader.vocab <= SMALL_VOCABULARY and processes.is_first() else None,
       began=process_start(),
+      evaluations=evaluations,
     )
   if code == DONE:
     say(NEXT.format(workdir=workdir.path), file=sys.stderr)

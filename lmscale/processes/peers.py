@@ -55,7 +55,7 @@ class Peers:
     self._client.wait_at_barrier(f'lmscale/{name}', int(1000 * seconds))
 
   def stop_after(self, done: int, requested: bool) -> bool:
-    """Whether all processes stop after `done` steps, since one of them was requested to. To be asked at every step."""
+    """Whether all processes stop at the moment `done`, since one of them was requested to. All ask at the same moments, counted."""
     if requested and not self._asked:
       self._asked = True
       self._post({'stop': self.process})
@@ -113,7 +113,7 @@ class Peers:
         exit_now(self.code, text if self.process == 0 else '')
 
   def _agree(self) -> None:
-    """Settles the step after which all stop: no process has got there yet, since nobody gets on meanwhile."""
+    """Settles the moment at which all stop: no process has got there yet, since nobody gets on meanwhile."""
     with self._lock:
       self._client.key_value_set(f'lmscale/done/{self.process}', str(self._done))
       self.barrier('stop')
@@ -165,7 +165,7 @@ def share(name: str, value: Any) -> Any:
 
 
 def stop_after(done: int, requested: bool) -> bool:
-  """Whether to stop after `done` steps: if that is requested, here or of another process, which then stops there, too."""
+  """Whether to stop at the moment `done`: if that is requested, here or of another process, which then stops there, too."""
   return requested if _peers is None else _peers.stop_after(done, requested)
 
 

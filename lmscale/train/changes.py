@@ -8,7 +8,7 @@ from lmscale.config import USES, Config
 
 # A resumed run may change how and for how long it runs, and what it skips, not what it computes. Fields not named here may not change.
 MAY_CHANGE = (
-  'name', 'emulate', 'mesh.', 'loop.', 'generate.', 'data.cache', 'train.microbatch', 'train.remat', 'train.stored_microbatches', 'train.stack', 'train.loss_chunk',
+  'name', 'emulate', 'mesh.', 'loop.', 'generate.', 'eval.', 'data.cache', 'train.microbatch', 'train.remat', 'train.stored_microbatches', 'train.stack', 'train.loss_chunk',
   'train.nonfinite_budget', 'train.spike_skip', 'train.spike_budget', 'train.deterministic', 'model.attention.implementation',
   'model.mamba2.implementation', 'model.mamba2.chunk', 'model.mamba.implementation', 'model.mamba.chunk',
 )  # fmt: skip

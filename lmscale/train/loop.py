@@ -1,4 +1,4 @@
-"""The training loop: resume or start, then step, log, evaluate, sample, save.
+"""The training loop: resume or start, then step, log, evaluate, sample, save, score tasks.
 
 The same command again goes on where the last checkpoint was taken, and what it computes and logs is what an
 uninterrupted run would have: plans and batches are functions of the step number, and metrics.jsonl is on disk up to a
@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,7 @@ from lmscale.train.console import Console, printable, quantity
 from lmscale.train.goodput import Goodput
 from lmscale.train.metrics import MetricsWriter, plot_loss, read_metrics
 from lmscale.train.schedule import Schedule, StepInputs
+from lmscale.train.scores import Schedule as Evaluations
 from lmscale.train.spikes import TIMES
 from lmscale.train.workdir import Workdir
 
@@ -53,12 +55,14 @@ def train(
   tokenizer: Any = None,
   reference: float | None = None,
   began: float | None = None,
+  evaluations: Evaluations | None = None,
 ) -> int:
   """Trains to config.train.steps and returns an exit code (`exit_codes.py`).
 
   program: see `train.program.Program`. loader, val_loader: rows by sample number; `loader.identity` (JSON) says which
   data they are. tokenizer: for samples; None where loop.sample_every is 0. reference: a loss to compare
   with, in nats per token (the order-1 entropy). began: when the process started, on the clock of `time.monotonic`.
+  evaluations: of config.eval; None where eval.every is 0.
 
   Raises:
     ConfigError: the run may not go on, or not start from train.init_from: see `train.resume`.
@@ -88,9 +92,10 @@ def train(
       if start:
         more = ', beyond train.steps: nothing is left to do' if start > schedule.steps else ''
         console.say(f'{"complete" if complete else "going on"}: {workdir.path} is at step {start} of {schedule.steps}{more}')
-      run = Run(config, program, loader, val_loader, tokenizer, schedule, checkpoints, writer, console, goodput)
+      run = Run(config, program, loader, val_loader, tokenizer, schedule, checkpoints, writer, console, goodput, interrupt,
+                workdir.path, evaluations)  # fmt: skip
       with goodput.spent_on('steps'):
-        code = DONE if complete else run.steps(state, start, interrupt)
+        code = run.steps(state, start)
       with goodput.spent_on('saving'):
         checkpoints.wait()
       if code == DONE and first:
@@ -101,6 +106,10 @@ def train(
         console.end()
         console.say(goodput.describe())
   return code
+
+
+class Stopped(Exception):
+  """The run is told to stop while it scores tasks."""
 
 
 @dataclasses.dataclass
@@ -117,30 +126,38 @@ class Run:
   writer: MetricsWriter | None  # on the first process
   console: Console
   goodput: Goodput
+  interrupt: Interrupt
+  path: pathlib.Path
+  evaluations: Evaluations | None
+  moments: int = 0  # at which it was asked whether to stop: a clock that all processes share
   clock: 'Clock' = dataclasses.field(default_factory=lambda: Clock())
   unlabelled: int = 0  # steps of this start in which no label counted
 
-  def steps(self, state: Any, start: int, interrupt: Interrupt) -> int:
-    """Steps from `start` to the end; returns an exit code.
+  def steps(self, state: Any, start: int) -> int:
+    """Steps from `start` to the end; returns an exit code. What an earlier start did not get to score comes first.
 
     The order matters. A step's metrics are read after the next step is dispatched, so that the device does not wait for
     the host (unless they are there at once: then reading them now times the step right); but before anything else is
     done with the state, they are read, checked and logged. When they are read differs from process to process; whether
     they end the run is acted on at one place in all: after the next step is dispatched, or before something else is done.
     """
+    if start and not self.score(state, start):
+      return self.stopped(start)
+    if start >= self.schedule.steps:
+      return DONE
     unread, going_on = None, True
     self.console.say('compiling the step')
     batches = _batches(self.program, self.loader, self.schedule, start)
     for inputs, batch in self.goodput.waiting(batches):
       state, metrics = self.program.step(state, batch)
-      interrupt.begin()
+      self.interrupt.begin()
       if unread:
         going_on = self.log(*unread)
       if not going_on:
         return DIVERGED
       unread = inputs, metrics
       done = inputs.step + 1
-      stop = processes.stop_after(done, interrupt.requested)
+      stop = self.told_to_stop()
       due = stop or done == self.schedule.steps or any(self.due(every, done) for every in self.intervals)
       if not due and not metrics['loss'].is_ready():
         continue
@@ -156,6 +173,10 @@ class Run:
         self.save(state, inputs, wait=stop)
       if stop and done < self.schedule.steps:
         return self.stopped(done)
+      if not self.score(state, done):
+        if self.config.loop.checkpoint_every:
+          self.save(state, inputs, wait=True)
+        return self.stopped(done)
       self.clock.restart()
     return DONE
 
@@ -163,7 +184,12 @@ class Run:
   def intervals(self) -> tuple[int, ...]:
     """How often something other than logging is done with the state."""
     loop = self.config.loop
-    return loop.eval_every, loop.sample_every, loop.checkpoint_every
+    return loop.eval_every, loop.sample_every, loop.checkpoint_every, self.config.eval.every
+
+  def told_to_stop(self) -> bool:
+    """Whether to stop here. Of several processes all ask at the same places, and stop at the same one."""
+    self.moments += 1
+    return processes.stop_after(self.moments, self.interrupt.requested)
 
   def due(self, every: int, done: int) -> bool:
     """Whether something done `every` steps (0: never) and at the end is due after `done` steps."""
@@ -239,6 +265,25 @@ class Run:
     self.console.say(f'step {done}: validation loss {loss:.4f}' + (f', {bits:.4f} bits per byte' if bits is not None else ''))
     return {'val_loss': loss, 'val_bits_per_byte': bits}
 
+  def score(self, state: Any, done: int) -> bool:
+    """Sees to it that the tasks which are due after `done` steps are scored; False where it is told to stop before they are.
+
+    It comes after the save, and takes a batch at a time: what a killed run has not scored the next start does, from `steps`.
+    """
+    if self.evaluations is None or not self.due(self.config.eval.every, done):
+      return True
+
+    def between() -> None:
+      if self.told_to_stop():
+        raise Stopped
+
+    with self.goodput.spent_on('evaluation'):
+      try:
+        self.evaluations.score(self.program, state, self.path / 'eval' / str(done), between, self.console.say)
+      except Stopped:
+        return False
+    return True
+
   def sample(self, state: Any, done: int) -> None:
     """Writes a sampled text to samples.txt and shows it."""
     loop = self.config.loop
@@ -290,7 +335,7 @@ def _finish(console: Console, workdir: Workdir, reference: float | None) -> None
     if reference is not None:
       side = 'below' if loss < reference else 'above'
       console.say(f'that is {abs(reference - loss):.4f} {side} the order-1 entropy of {reference:.4f} nats per token')
-  names = ('loss.svg', 'metrics.jsonl', 'samples.txt', 'tensorboard', 'checkpoints', 'config.json')
+  names = ('loss.svg', 'metrics.jsonl', 'samples.txt', 'tensorboard', 'checkpoints', 'eval', 'config.json')
   console.say(f'files in {workdir.path}: ' + ', '.join(n for n in names if (workdir.path / n).exists()))
 
 

@@ -94,6 +94,11 @@ class ModelFolder:
     with Checkpointer(_checkpoints(self.path), read_only=True) as source:
       return source.restore(abstract, index=index, check=take, partial=True, cast=True)[0]
 
+  def fingerprint(self) -> str:
+    """Of the parameters of checkpoint `step`, see `stored.fingerprint`."""
+    with Checkpointer(_checkpoints(self.path), read_only=True) as source:
+      return stored.fingerprint(source.described(self.step, 'params')[1])
+
   @contextlib.contextmanager
   def rows(self) -> Iterator[Rows]:
     """The parameters of checkpoint `step` as they are stored, to be read one at a time."""

@@ -3,8 +3,10 @@
 Everything that touches devices is behind `Program`; the loop sees states, batches and numbers.
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ import optax
 from jax.sharding import NamedSharding
 
 from lmscale.config import Config
+from lmscale.data.tokenizer import Tokenizer
+from lmscale.eval.scorer import Scorer
 from lmscale.generate.engine import Engine
 from lmscale.generate.generator import Generator, collect
 from lmscale.generate.weights import make_compute_copy
@@ -98,11 +102,26 @@ class Program:
   ) -> list[int]:
     """`steps` tokens after `prompt`, all below `ids` (the tokenizer's size); temperature 0 is greedy."""
     options = dataclasses.replace(self.config.generate, tokens=steps, temperature=temperature)
+    with self._generating(state) as engine:
+      return collect(Generator(engine, ids).generate([prompt], options, seed), 1)[0].ids
+
+  @contextlib.contextmanager
+  def scorer(self, state: TrainState, tokenizer: Tokenizer, context: int, between: Callable[[], None]) -> Iterator[Scorer]:
+    """`state`'s model as tasks see it, see `Scorer`. Beside the state there is a copy of the parameters as long as it is asked."""
+    with self._generating(state) as engine:
+      yield Scorer(engine, tokenizer, self.config.generate, context, between)
+
+  @contextlib.contextmanager
+  def _generating(self, state: TrainState) -> Iterator[Engine]:
     self._engine.params = self._run(self._compute_copy, state.params)
     try:
-      return collect(Generator(self._engine, ids).generate([prompt], options, seed), 1)[0].ids
+      yield self._engine
     finally:
       self._engine.params = None
+
+  def fingerprint(self, state: TrainState) -> str:
+    """Of the parameters, see `stored.fingerprint`: that of the checkpoint in which they are stored."""
+    return stored.fingerprint(stored.checksums({'params': self.stored(state)['params']}, self.index))
 
   @functools.cached_property
   def index(self) -> Index:

@@ -8,6 +8,7 @@ model that is stacked in another way. `canonical` is the same tree by layer, a v
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -158,6 +159,12 @@ def make_taker(places: tuple, shardings: tuple) -> Callable[[list[jax.Array]], l
 def checksums(tree: Any, index: Index | None = None) -> dict[str, int]:
   """A checksum per canonical name, equal on every mesh and in every stacking. Blocks until the arrays are there."""
   return {name: checksum for name, (checksum, _) in facts(tree, index).items()}
+
+
+def fingerprint(checksums: dict[str, int]) -> str:
+  """Of the parameters among the arrays with these checksums: equal where all parameters are, to the bit."""
+  params = sorted(item for item in checksums.items() if item[0].startswith('params/'))
+  return hashlib.sha256(repr(params).encode()).hexdigest()
 
 
 def facts(tree: Any, index: Index | None = None) -> dict[str, tuple[int, bool]]:

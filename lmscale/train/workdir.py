@@ -3,7 +3,7 @@
   config.json        the config as last run; `config.from_dict` reads it back
   environment.json   versions and hardware as last run
   lock               held while a process runs here
-  metrics.jsonl, tensorboard/, samples.txt, loss.svg, checkpoints/
+  metrics.jsonl, tensorboard/, samples.txt, loss.svg, checkpoints/, eval/
 
 Of a run's processes the first holds the lock and writes; the others look that they see the same folder.
 """
@@ -36,7 +36,7 @@ PACKAGES = (
 )  # fmt: skip
 
 FILES = ('config.json', 'environment.json', 'goodput.json', 'lock', 'loss.svg', 'metrics.jsonl', 'samples.txt')
-FOLDERS = ('checkpoints', 'tensorboard')
+FOLDERS = ('checkpoints', 'eval', 'tensorboard')
 
 VISIBLE = 30.0  # seconds until a new folder is seen by other hosts
 STEP = re.compile('0|[1-9][0-9]*')  # the name of a checkpoint's folder

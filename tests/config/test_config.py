@@ -65,7 +65,7 @@ def test_a_config_is_small():
   def count(section: type) -> int:
     return sum(count(t) if dataclasses.is_dataclass(t) else 1 for t in config_lib.field_types(section).values())
 
-  assert count(Config) < 100
+  assert count(Config) < 105
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ import pytest
 import tiny
 
 import run
-from lmscale.config import GenerateConfig
+from lmscale.config import EvalConfig, GenerateConfig
 from lmscale.data.tokenizer import ByteTokenizer
 from lmscale.errors import ConfigError
-from lmscale.eval.evaluate import Options
-from lmscale.jobs.eval import find_context
 from lmscale.models import model
 from lmscale.train.model_folder import write_model
+from lmscale.train.scores import find_options
 from lmscale.train.streamed import Pending
 
 MODEL = tiny.change(tiny.MODEL, pattern='M*', vocab=264)
+TEXT = ''.join(f'{i} times {i} is {i * i}. ' for i in range(40))
 PIQA = {'goal': 'Open it.', 'sol1': 'Turn it.', 'sol2': 'Eat it.', 'label': 0}
 
 
@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
   arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
   pending = {name: Pending(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}
   write_model(folder / 'run', config, pending, {}, tokenizer=ByteTokenizer.identity, step=3)
+  (folder / 'text.jsonl').write_text(json.dumps({'text': TEXT}) + '\n')
   (folder / 'piqa.jsonl').write_text(''.join(json.dumps(PIQA) + '\n' for _ in range(3)))
   return folder
 
@@ -47,11 +48,30 @@ def test_scores_are_kept_task_by_task(folder, capsys):
   assert piqa['samples'] == 2 and len(piqa['digest']) == 64 and piqa['options']['context'] == 280
   assert book['samples'] == 4 and book['truncated'] == 2  # those of 320 tokens
   assert found['config']['model']['d_model'] == 16 and 'jax' in str(found['environment'])
-  assert {path.name for path in (folder / 'run' / 'eval' / '3').iterdir()} == {'results.json', 'length.svg', 'depth.svg'}
+  assert {path.name for path in (folder / 'run' / 'eval' / '3').iterdir()} == {'results.json', 'samples', 'length.svg', 'depth.svg'}
   out = capsys.readouterr().out
   assert 'piqa ' in out and '2 samples' in out and '2 cut at their beginning' in out
-  code, again = results(folder, '--tasks=copy', '--lengths=64')
-  assert code == 0 and list(again['tasks']) == ['piqa', 'phonebook', 'copy'] and again['tasks']['piqa'] == piqa
+  kept = json.loads((folder / 'run' / 'eval' / '3' / 'samples' / 'phonebook.json').read_text())
+  assert np.mean(kept['scores']['digits']) == pytest.approx(book['digits']) and kept['questions'] == book['questions']
+
+
+def test_scores_are_added_and_those_of_other_parameters_go(folder, capsys):
+  path = folder / 'run' / 'eval' / '3' / 'results.json'
+  results(folder, '--tasks=piqa')
+  before = json.loads(path.read_text())
+  stale = before['tasks']['piqa'] | {'parameters': 'other'}
+  path.write_text(json.dumps(before | {'tasks': before['tasks'] | {'stale': stale}}))
+  code, again = results(folder, '--tasks=loss_by_position', '--lengths=64')
+  assert code == 0 and 'stale' not in again['tasks'] and again['tasks']['piqa'] == before['tasks']['piqa']
+  found = again['tasks']['loss_by_position']
+  sizes = [b - a + 1 for a, b in (map(int, name.split('-')) for name in found['by_position'])]
+  assert sum(sizes) == 64 and found['samples'] == 2
+  assert np.average([bin['loss'] for bin in found['by_position'].values()], weights=sizes) == pytest.approx(found['loss'])
+  assert '45-64 tokens read   loss ' in capsys.readouterr().out
+  assert 'trained: 16' in (path.parent / 'position.svg').read_text()
+  path.write_text('{')
+  results(folder, '--tasks=piqa')
+  assert (path.parent / 'results.json.damaged').read_text() == '{'
 
 
 @pytest.mark.parametrize(
@@ -77,10 +97,10 @@ def test_what_cannot_be_scored_is_one_line_and_makes_nothing(folder, flags, mess
 
 def test_a_context_beyond_learned_positions_is_refused():
   config = tiny.config(model=tiny.change(MODEL, positions='learned', max_positions=64))
-  flags, options = run.parse_flags(['--job=eval'])[0], Options(tokens=(48, 80))
-  assert find_context(flags, config, ['piqa'], options) == 16  # train.seq_len
-  with pytest.raises(ConfigError, match='--context: 80 tokens exceed model.max_positions 64, which are learned; give --context=64'):
-    find_context(flags, config, ['copy'], options)
+  config = tiny.change(config, eval=EvalConfig(lengths=(48, 80)))
+  assert find_options(config, ['piqa']).context == 16  # train.seq_len
+  with pytest.raises(ConfigError, match='eval.lengths: a context of 80 tokens exceeds model.max_positions 64, .* --context=64'):
+    find_options(config, ['copy'])
 
 
 def test_flags_of_the_job_are_refused_elsewhere(capsys):

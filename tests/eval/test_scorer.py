@@ -8,7 +8,7 @@ import pytest
 from generate.made import GREEDY, LONGEST, ONE, PATTERNS, engine, oracle, whole_pass
 
 from lmscale.config import GenerateConfig, MeshConfig
-from lmscale.eval.requests import Continuation, Rolling, Writing
+from lmscale.eval.requests import Continuation, Rolling, Window, Writing
 from lmscale.eval.scorer import Scorer
 
 
@@ -94,12 +94,20 @@ def test_what_is_longer_than_the_context_loses_its_beginning():
 def test_every_token_of_a_long_text_is_scored_once(length):
   model = scorer(context=8)
   ids = list(np.random.default_rng(length).integers(0, 26, length))
-  pairs = model.windows(ids)
+  pairs = model.cut_windows(ids)
   assert [i for _, scored in pairs for i in scored] == ids
   assert pairs[0][0] == [28] and all(len(before) + len(scored) == 9 for before, scored in pairs[1:])
   (found,) = model.rolling([Rolling(Letters().decode(ids))])
   assert found.logp == pytest.approx(sum(one_pass('hybrid', *pair)[0] for pair in pairs), rel=1e-5)
   assert (found.tokens, model.truncated) == (length, 0)
+
+
+def test_every_token_of_a_window_is_that_of_one_pass():
+  ids = np.random.default_rng(3).integers(0, 26, (2, 21))
+  found = scorer(chunk=8).windows([Window(tuple(row)) for row in ids.tolist()])
+  for logps, row in zip(found, ids.tolist(), strict=True):
+    wanted = [one_pass('hybrid', [28, *row[:i]], [row[i]])[0] for i in range(21)]
+    assert logps == pytest.approx(wanted, rel=1e-5)
 
 
 def test_writing_is_greedy_and_ends_where_it_is_asked_to():

@@ -3,12 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from lmscale.errors import ConfigError
 from lmscale.eval import evaluate
 from lmscale.eval.requests import Continuation, Likelihood, Rolling, Writing, ask
-from lmscale.eval.tasks import standard, synthetic
+from lmscale.eval.tasks import position, standard, synthetic
 
 ARC = {'question': 'What is 1 + 1?', 'choices': {'text': ['one', 'two', 'three'], 'label': ['A', 'B', 'C']}, 'answerKey': 'B'}
 MMLU = {'question': 'What burns?', 'subject': 'high_school_physics', 'choices': ['stone', 'wood', 'water', 'air'], 'answer': 1}
@@ -49,8 +50,11 @@ class Knowing:
     self.seen += requests
     return [self.text for _ in requests]
 
-  def count(self, text):
-    return len(text)
+  def windows(self, requests):
+    return [np.arange(len(request.ids), dtype=np.float64) - len(request.ids) + 0.5 for request in requests]
+
+  def encode(self, text):
+    return [ord(c) for c in text]
 
 
 @pytest.fixture
@@ -61,7 +65,8 @@ def folder(tmp_path):
 
 
 def scores(name, model, **options):
-  return evaluate.run_task(name, model, evaluate.prepare(name, model, evaluate.Options(**options)))
+  asked = evaluate.prepare(name, model, evaluate.Options(**options))
+  return evaluate.summarise(name, asked, evaluate.score_samples(model, asked))
 
 
 @pytest.mark.parametrize('name', [name for name in standard.TASKS if not name.startswith('mmlu')])
@@ -131,6 +136,18 @@ def test_texts(tmp_path):
   assert found['bits_per_byte'] == pytest.approx(1 / math.log(2)) and found['loss_stderr'] == pytest.approx(0)
 
 
+def test_loss_by_position_is_over_windows_that_have_every_position(tmp_path):
+  (tmp_path / 'text.jsonl').write_text(''.join(json.dumps({'text': 'é' * n}) + '\n' for n in (99, 10, 205)))
+  found = scores('loss_by_position', Knowing(''), data=tmp_path, tokens=(20, 100))
+  assert (found['samples'], found['loss'], found['loss_stderr']) == (2, 50, 0)  # of the third text; the model's loss falls from 99.5 by 1
+  expected = {name: 100 - (int(name.split('-')[0]) + int(name.split('-')[1])) / 2 + 0.5 for name in found['by_position']}
+  assert {name: bin['loss'] for name, bin in found['by_position'].items()} == pytest.approx(expected)
+  assert list(expected) == ['1-1', '2-2', '3-3', '4-5', '6-7', '8-10', '11-15', '16-22', '23-31', '32-44', '45-63', '64-100']
+  assert [position.bins(n)[-1] for n in (1, 2, 5, 64, 90)] == [(1, 1), (2, 2), (3, 5), (45, 64), (64, 90)]
+  with pytest.raises(ConfigError, match='task loss_by_position: no text has 300 tokens, the longest has 205; give shorter'):
+    scores('loss_by_position', Knowing(''), data=tmp_path, tokens=(300,), context=400)
+
+
 def test_synthetic_tasks():
   class Reader(Knowing):
     def write(self, requests):
@@ -185,9 +202,9 @@ def test_bad_files_are_one_line(tmp_path, content, message):
 
 def test_bad_names_are_one_line(tmp_path):
   with pytest.raises(ConfigError, match="'arc' is no task; known: winogrande, piqa"):
-    evaluate.check_tasks(['piqa', 'arc'])
-  with pytest.raises(ConfigError, match='--tasks: none; give some of'):
-    evaluate.check_tasks([])
+    evaluate.check_tasks(['piqa', 'arc'], '--tasks')
+  with pytest.raises(ConfigError, match='eval.tasks: none; give some of'):
+    evaluate.check_tasks([], 'eval.tasks')
   with pytest.raises(ConfigError, match='task piqa: it is read from a folder; give it as --data=FOLDER'):
     scores('piqa', Knowing(''))
   with pytest.raises(ConfigError, match='task qa_2: no file .*hotpot.jsonl'):

@@ -1,13 +1,14 @@
 """Synthetic tasks as questions: see `data/synthetic`."""
 
 import pathlib
+from collections.abc import Callable
 
 from lmscale.data.synthetic import chains, counting, needles, phonebook, questions
 from lmscale.data.synthetic.example import Example, Material
 from lmscale.data.synthetic.haystack import topics
 from lmscale.data.synthetic.tasks import PHONEBOOK, RECALL, TASKS, make_example
 from lmscale.eval.metrics import digits_right
-from lmscale.eval.requests import Continuation, Model, Writing
+from lmscale.eval.requests import Continuation, Writing
 from lmscale.eval.tasks import files
 from lmscale.eval.tasks.sample import Sample, contains
 
@@ -23,19 +24,19 @@ QA_COLUMNS = {
 }
 
 
-def samples(task: str, model: Model, tokens: int, count: int, seed: int, material: Material) -> list[Sample]:
-  """`count` examples whose prompt and answer have about `tokens` tokens."""
-  made = [make_example(task, seed, i, tokens, model.count, material) for i in range(count)]
-  return [_sample(task, example, model, tokens) for example in made]
+def samples(task: str, count: Callable[[str], int], tokens: int, number: int, seed: int, material: Material) -> list[Sample]:
+  """`number` examples whose prompt and answer have about `tokens` tokens, of which a text has `count(text)`."""
+  made = [make_example(task, seed, i, tokens, count, material) for i in range(number)]
+  return [_sample(task, example, count, tokens) for example in made]
 
 
-def _sample(task: str, example: Example, model: Model, tokens: int) -> Sample:
+def _sample(task: str, example: Example, count: Callable[[str], int], tokens: int) -> Sample:
   facts = example.facts | {'length': tokens}
   if task in RECALL:  # one answer, of one token or many: is each of its tokens the likeliest?
     return Sample(
       (Continuation(example.prompt, f' {example.answer}'),), lambda answers: {'acc': float(answers[0].greedy)}, facts
     )
-  room = max(ANSWER_TOKENS[task], model.count(f' {example.answer}'))
+  room = max(ANSWER_TOKENS[task], count(f' {example.answer}'))
   if task not in PHONEBOOK:
     return contains(example.prompt, example.answers, example.every, room, facts)
   number = example.answers[0]
