@@ -1,10 +1,11 @@
-"""Puts several runs side by side: a table, where their configs differ, and their losses over each other.
+"""Puts several runs side by side: a table, where their configs differ, their losses over each other, and their scores on tasks.
 
   python tools/compare_runs.py runs/transformer runs/mamba runs/hybrid --out=comparison
 
 Prints Markdown and draws the losses against training tokens, training FLOPs and training time, as comparison.svg and
 comparison.png (with an ending, --out=docs/loss_curves.svg, only that one). Lines are training losses averaged over a few
-steps, points are validation losses. What it all means: docs/comparing.md.
+steps, points are validation losses. Runs that were scored on tasks have their scores side by side, too, and drawn in
+comparison_scores.svg and .png. What it all means: docs/comparing.md.
 """
 
 import argparse
@@ -15,9 +16,11 @@ import pathlib
 import statistics
 import sys
 import typing
-import warnings
 from collections.abc import Callable
 from typing import Any
+
+import compare_scores
+from compare_pictures import outputs, save
 
 from lmscale import config as config_lib
 from lmscale.config import USES
@@ -38,6 +41,7 @@ class Run:
   """One run's folder. All lists have an entry per logged step whose loss was finite."""
 
   name: str
+  folder: pathlib.Path
   config: config_lib.Config
   steps: list[int]
   tokens: list[int]
@@ -88,6 +92,7 @@ def read_run(folder: pathlib.Path, name: str) -> Run:
   rates = [line.get('tokens_per_second') for line in lines]
   return Run(
     name=printable(name),
+    folder=folder,
     config=config,
     steps=[line['step'] for line in lines],
     tokens=[line['tokens'] for line in lines],
@@ -225,13 +230,7 @@ def draw(runs: list[Run], paths: list[pathlib.Path]) -> None:
     axes[0].set(ylabel=f'loss ({unit(runs)})', ylim=_limits(losses, points))
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=min(4, len(runs)),
                   frameon=False, title='line: training loss, averaged;  point: validation loss')  # fmt: skip
-    for path in paths:
-      temporary = path.with_name(f'.{path.name}.tmp')
-      kind = path.suffix[1:]
-      with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # a name may have characters that the font has not
-        figure.savefig(temporary, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else None)
-      temporary.replace(path)
+    save(figure, paths)
     pyplot.close(figure)
 
 
@@ -241,6 +240,14 @@ def _limits(losses: list[list[float]], points: list[float]) -> tuple[float, floa
   low, high = min(values[0], *points, values[0]), values[int(0.93 * (len(values) - 1))]
   margin = 0.06 * (high - low) or 0.1
   return low - margin, high + margin
+
+
+def score_tables(scores: list[compare_scores.Scored]) -> str:
+  """The scores on tasks and their differences, as Markdown; empty where no run has any."""
+  if not any(run.tasks for run in scores):
+    return ''
+  parts = [_markdown(rows[0], rows[1:]) for rows in compare_scores.tables(scores)]
+  return ''.join(f'\n{part}\n' for part in parts) + (f'\n{compare_scores.HOW}\n' if len(parts) > 1 else '')
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -254,16 +261,6 @@ def _count(n: float) -> str:
   return short(n)
 
 
-def outputs(out: pathlib.Path) -> list[pathlib.Path]:
-  """The files that --out names. Raises ConfigError where they cannot be written there."""
-  paths = [out] if out.suffix in ('.svg', '.png') else [out.with_name(out.name + end) for end in ('.svg', '.png')]
-  if not out.parent.is_dir():
-    raise ConfigError(f'--out: no folder {out.parent}')
-  if folders := [path for path in paths if path.is_dir()]:
-    raise ConfigError(f'--out: {folders[0]} is a folder')
-  return paths
-
-
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, or 2 for a mistake of the user's."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,14 +270,17 @@ def main(argv: list[str] | None = None) -> int:
   try:
     paths = outputs(flags.out.expanduser())
     runs = read_runs(flags.runs)
-    text = f'{table(runs)}\n' + (f'\n{difference(runs)}\n' if len(runs) > 1 else '')
+    scores = [compare_scores.read_scores(run.folder, run.name) for run in runs]
+    text = f'{table(runs)}\n' + (f'\n{difference(runs)}\n' if len(runs) > 1 else '') + score_tables(scores)
     draw(runs, paths)
+    if any(run.tasks for run in scores):
+      paths += compare_scores.draw(scores, outputs(flags.out.expanduser(), '_scores'))
   except (ConfigError, OSError) as error:
     print(f'error: {printable(" ".join(str(error).split()))}', file=sys.stderr)
     return 2
-  for warning in cautions(runs):
+  for warning in cautions(runs) + compare_scores.cautions(scores):
     print(f'warning: {warning}', file=sys.stderr)
-  print(f'{text}\ndrawn in {" and ".join(map(str, paths))}')
+  print(f'{text}\ndrawn in {", ".join(map(str, paths[:-1]))}{" and " * (len(paths) > 1)}{paths[-1]}')
   return 0
 
 

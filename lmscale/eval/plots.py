@@ -46,17 +46,22 @@ def _save(figure_of: Any, path: pathlib.Path) -> None:
 
 def _lengths(pyplot: Any, tasks: dict[str, dict[str, Any]]) -> Any:
   figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
-  for i, (name, of) in enumerate(tasks.items()):
+  draw_lengths(axes, tasks)
+  axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+  return figure
+
+
+def draw_lengths(axes: Any, series: dict[str, dict[str, Any]], title: str = '') -> None:
+  """The accuracy at each length, of several tasks or models, {name: by_length}."""
+  for i, (name, of) in enumerate(series.items()):
     lengths = sorted(of, key=int)
     values, errors = ([of[n][key] or 0.0 for n in lengths] for key in ('acc', 'acc_stderr'))
     axes.errorbar([int(n) for n in lengths], values, errors, label=name, color=COLOURS[i % len(COLOURS)], marker='.', capsize=2)
-  ticks = sorted({int(n) for of in tasks.values() for n in of})
+  ticks = sorted({int(n) for of in series.values() for n in of})
   axes.set_xscale('log', base=2)
   axes.set_xticks(ticks, [f'{n:,}' for n in ticks])
   axes.minorticks_off()
-  axes.set(xlabel='tokens', ylabel='accuracy', ylim=(-0.03, 1.03))
-  axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
-  return figure
+  axes.set(xlabel='tokens', ylabel='accuracy', ylim=(-0.03, 1.03), title=title)
 
 
 def _depths(pyplot: Any, tasks: dict[str, dict[str, Any]]) -> Any:

@@ -46,7 +46,7 @@ class Scorer:
   def __init__(
     self, engine: Engine, tokenizer: Tokenizer, options: GenerateConfig, context: int, between: Callable[[], None] = lambda: None
   ):
-    self._engine, self._tokenizer, self._options, self.context = engine, tokenizer, options, context
+    self._engine, self.tokenizer, self._options, self.context = engine, tokenizer, options, context
     self._generator = Generator(engine, tokenizer.size)
     self._rows = round_up(options.batch, engine.ranks)
     self._between = between
@@ -60,7 +60,7 @@ class Scorer:
   def rolling(self, requests: Sequence[Rolling]) -> list[Likelihood]:
     """See `requests.Rolling`. Texts longer than the context are read in windows of it that predict each token once; the last one
     begins as early as it can."""
-    parts = [self.cut_windows([int(i) for i in self._tokenizer.encode(request.text)]) for request in requests]
+    parts = [self.cut_windows([int(i) for i in self.tokenizer.encode(request.text)]) for request in requests]
     found = iter(self._score([pair for pairs in parts for pair in pairs]))
     sums = []
     for pairs in parts:
@@ -70,7 +70,7 @@ class Scorer:
 
   def windows(self, requests: Sequence[Window]) -> list[np.ndarray]:
     """See `requests.Window`."""
-    return [scored.logps for scored in self._score([Pair([self._tokenizer.end], list(request.ids)) for request in requests])]
+    return [scored.logps for scored in self._score([Pair([self.tokenizer.end], list(request.ids)) for request in requests])]
 
   def write(self, requests: Sequence[Writing]) -> list[str]:
     """See `requests.Writing`."""
@@ -78,10 +78,10 @@ class Scorer:
     kinds = dict.fromkeys((request.until, request.tokens) for request in requests)
     for until, tokens in kinds:
       chosen = [i for i, request in enumerate(requests) if (request.until, request.tokens) == (until, tokens)]
-      prompts = [self._cut(encode_prompt(self._tokenizer, requests[i].context), tokens) for i in chosen]
+      prompts = [self._cut(encode_prompt(self.tokenizer, requests[i].context), tokens) for i in chosen]
       order = sorted(range(len(chosen)), key=lambda j: len(prompts[j]))  # those of a length are read together
       options = dataclasses.replace(self._options, tokens=tokens, stop=until, temperature=0.0)
-      for piece in continue_texts(self._generator, self._tokenizer, [prompts[j] for j in order], options, seed=0):
+      for piece in continue_texts(self._generator, self.tokenizer, [prompts[j] for j in order], options, seed=0):
         texts[chosen[order[piece.prompt]]] += piece.text
         self._between()
     return texts
@@ -89,16 +89,16 @@ class Scorer:
   def encode_pair(self, context: str, text: str) -> Pair:
     """The ids of a context and of the text behind it."""
     bare = context.rstrip()
-    both = [int(i) for i in self._tokenizer.encode(context + text)]
-    before = len(self._tokenizer.encode(bare))
+    both = [int(i) for i in self.tokenizer.encode(context + text)]
+    before = len(self.tokenizer.encode(bare))
     if not before:
-      return Pair([self._tokenizer.end], both)
+      return Pair([self.tokenizer.end], both)
     return Pair(both[:before], both[before:])
 
   def cut_windows(self, ids: list[int]) -> list[Pair]:
     """A text cut so that each of its tokens is scored once."""
     size = self.context
-    pairs = [Pair([self._tokenizer.end], ids[:size])] if ids else []
+    pairs = [Pair([self.tokenizer.end], ids[:size])] if ids else []
     for start in range(size, len(ids), size):
       stop = min(start + size, len(ids))
       pairs.append(Pair(ids[stop - size - 1 : start], ids[start:stop]))
@@ -165,7 +165,7 @@ class Scorer:
     for chunk in chunks(texts, held, width):
       hidden, caches = self._engine.prefill(caches, *chunk[1:])
       if labels is not None:
-        parts.append(self._engine.likelihoods(hidden, cut(labels, chunk.start, chunk.tokens.shape), self._tokenizer.size))
+        parts.append(self._engine.likelihoods(hidden, cut(labels, chunk.start, chunk.tokens.shape), self.tokenizer.size))
     if labels is None:
       return caches, []
     logps, greedy = (np.concatenate([np.asarray(part[k]) for part in parts], axis=1) for k in (0, 1))

@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 from lmscale.config import Config, validate
+from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
 from lmscale.eval import evaluate
 from lmscale.eval.scorer import Scorer
@@ -13,7 +15,7 @@ from lmscale.generate.engine import Engine
 from lmscale.generate.weights import generation_setup
 from lmscale.jobs.generate import check_tokenizer, find_tokenizer, on_all_devices
 from lmscale.train.console import say
-from lmscale.train.model_folder import open_model
+from lmscale.train.model_folder import ModelFolder, open_model
 from lmscale.train.scores import Scores, find_options
 
 
@@ -27,19 +29,37 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   names = list(dict.fromkeys(config.eval.tasks))
   evaluate.check_tasks(names, '--tasks')
   options = find_options(config, names, flags.shots, read_haystack(flags.haystack) if flags.haystack else '', flags.context)
-  config = on_all_devices(config)
-  folder = open_model(flags.workdir)
-  tokenizer = find_tokenizer(config, folder)
-  check_tokenizer(folder, tokenizer, config)
-  asked = {name: evaluate.prepare(name, tokenizer, options) for name in names}
-  setup = generation_setup(config)
-  model = Scorer(Engine(setup, folder.params(setup, setup.dtype)), tokenizer, config.generate, options.context)
+  asked: dict[str, evaluate.Asked] = {}
+
+  def prepare(tokenizer: Tokenizer) -> None:
+    asked.update((name, evaluate.prepare(name, tokenizer, options)) for name in names)
+
+  model, folder = open_scorer(config, flags.workdir, options.context, prepare)
   scores = Scores(folder.path / 'eval' / str(folder.step), folder.fingerprint(), config, options)
   for name in names:
     scores.take(name, model, asked[name], say)
   scores.draw()
   say(f'in {scores.path}')
   return DONE
+
+
+def open_scorer(
+  config: Config, workdir: str | pathlib.Path, context: int, prepare: Callable[[Tokenizer], None] = lambda tokenizer: None
+) -> tuple[Scorer, ModelFolder]:
+  """The model in a folder, on all devices, ready to be asked; `context` tokens are read at most.
+
+  prepare(tokenizer): is called before arrays are read, and may refuse by a ConfigError.
+
+  Raises:
+    ConfigError: no model, a damaged one, or one of another tokenizer.
+  """
+  config = on_all_devices(config)
+  folder = open_model(workdir)
+  tokenizer = find_tokenizer(config, folder)
+  check_tokenizer(folder, tokenizer, config)
+  prepare(tokenizer)
+  setup = generation_setup(config)
+  return Scorer(Engine(setup, folder.params(setup, setup.dtype)), tokenizer, config.generate, context), folder
 
 
 def with_flags(config: Config, flags: argparse.Namespace) -> Config:

@@ -5,17 +5,13 @@ import json
 import numpy as np
 import pytest
 import tiny
+from eval.made import MODEL, write_docs, write_run
 
 import run
-from lmscale.config import EvalConfig, GenerateConfig
-from lmscale.data.tokenizer import ByteTokenizer
+from lmscale.config import EvalConfig
 from lmscale.errors import ConfigError
-from lmscale.models import model
-from lmscale.train.model_folder import write_model
 from lmscale.train.scores import find_options
-from lmscale.train.streamed import Pending
 
-MODEL = tiny.change(tiny.MODEL, pattern='M*', vocab=264)
 TEXT = ''.join(f'{i} times {i} is {i * i}. ' for i in range(40))
 PIQA = {'goal': 'Open it.', 'sol1': 'Turn it.', 'sol2': 'Eat it.', 'label': 0}
 
@@ -23,15 +19,9 @@ PIQA = {'goal': 'Open it.', 'sol1': 'Turn it.', 'sol2': 'Eat it.', 'label': 0}
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('model')
-  config = tiny.change(tiny.config(tiny.ONE, MODEL), generate=GenerateConfig(batch=8, prefill_chunk=64))
-  tree = model.init_layers(MODEL, 0)
-  leaves = {f'params/layers/{i}/{name}': leaf for i, layer in enumerate(tree.pop('layers')) for name, leaf in layer.items()}
-  leaves |= {f'params/{part}/{name}': leaf for part, rest in tree.items() for name, leaf in rest.items()}
-  arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
-  pending = {name: Pending(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}
-  write_model(folder / 'run', config, pending, {}, tokenizer=ByteTokenizer.identity, step=3)
-  (folder / 'text.jsonl').write_text(json.dumps({'text': TEXT}) + '\n')
-  (folder / 'piqa.jsonl').write_text(''.join(json.dumps(PIQA) + '\n' for _ in range(3)))
+  write_run(folder)
+  write_docs(folder / 'text.jsonl', [{'text': TEXT}])
+  write_docs(folder / 'piqa.jsonl', [PIQA] * 3)
   return folder
 
 
