@@ -143,7 +143,7 @@ def test_loss_by_position_is_over_windows_that_have_every_position(tmp_path):
   expected = {name: 100 - (int(name.split('-')[0]) + int(name.split('-')[1])) / 2 + 0.5 for name in found['by_position']}
   assert {name: bin['loss'] for name, bin in found['by_position'].items()} == pytest.approx(expected)
   assert list(expected) == ['1-1', '2-2', '3-3', '4-5', '6-7', '8-10', '11-15', '16-22', '23-31', '32-44', '45-63', '64-100']
-  assert [position.bins(n)[-1] for n in (1, 2, 5, 64, 90)] == [(1, 1), (2, 2), (3, 5), (45, 64), (64, 90)]
+  assert [position.bins(n)[-1] for n in (1, 2, 5, 64, 90)] == [(1, 1), (1, 2), (3, 5), (45, 64), (64, 90)]
   with pytest.raises(ConfigError, match='task loss_by_position: no text has 300 tokens, the longest has 205; give shorter'):
     scores('loss_by_position', Knowing(''), data=tmp_path, tokens=(300,), context=400)
 
