@@ -13,7 +13,7 @@ from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
 from lmscale.eval.metrics import mean, standard_error
 from lmscale.eval.requests import Model, ask
-from lmscale.eval.tasks import files, long, position, standard, synthetic
+from lmscale.eval.tasks import fetching, files, long, position, standard, synthetic
 from lmscale.eval.tasks.sample import Sample, text
 
 TEXT = 'text'  # the task of texts themselves: how likely is each, per byte and per token
@@ -21,17 +21,22 @@ TEXT = 'text'  # the task of texts themselves: how likely is each, per byte and 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """data: the folder of data sets. samples: of each task, 0 for all that there are (of synthetic ones, DEFAULT). shots: examples shown before
+  """data: the folder of data sets; None: what has a published name is fetched, once, into `cache`. samples: of each task, 0 for all that there are (of synthetic ones, DEFAULT). shots: examples shown before
   a standard question. tokens: lengths of synthetic tasks; the longest is that of loss by position. haystack: text in which needles are
   hidden; '': Python's help topics. context: tokens that the model reads at most."""
 
   data: pathlib.Path | None = None
+  cache: pathlib.Path = pathlib.Path()
   samples: int = 0
   shots: int = 0
   tokens: tuple[int, ...] = (1024,)
   haystack: str = ''
   seed: int = 0
   context: int = 1024
+
+  def folder(self, file: str, task: str) -> pathlib.Path:
+    """Where FILE.jsonl lies. Raises ConfigError where nobody can say, or it cannot be fetched."""
+    return self.data or fetching.fetched(file, task, self.cache)
 
   def describe(self) -> dict[str, Any]:
     """What a score depends on beside the model and the data, JSON-able."""
@@ -79,7 +84,7 @@ class Asked:
 def prepare(name: str, tokenizer: Tokenizer, options: Options) -> Asked:
   """The samples of a task, for a model that reads the ids of `tokenizer`. Raises ConfigError where they cannot be had."""
   if name in synthetic.NAMES:
-    material, digest = synthetic.material(name, options.haystack, options.data)
+    material, digest = synthetic.material(name, options.haystack, options.folder)
     count = options.samples or DEFAULT
 
     def of(tokens: int) -> list[Sample]:
@@ -87,17 +92,15 @@ def prepare(name: str, tokenizer: Tokenizer, options: Options) -> Asked:
 
     lengths = [of(tokens) for tokens in options.tokens]
     return Asked([sample for of_length in lengths for sample in of_length], digest or f'synthetic {VERSION}')
-  if options.data is None:
-    raise ConfigError(f'task {name}: it is read from a folder; give it as --data=FOLDER')
   if name == TEXT:
-    data = files.read(options.data, TEXT, {'text': str}, name)
+    data = files.read(options.folder(TEXT, name), TEXT, {'text': str}, name)
     return Asked([text(doc['text']) for doc in _some(data.docs, options)], data.digest)
   if name == position.NAME:
-    data, tokens = files.read(options.data, TEXT, {'text': str}, name), min(max(options.tokens), options.context)
+    data, tokens = files.read(options.folder(TEXT, name), TEXT, {'text': str}, name), min(max(options.tokens), options.context)
     return Asked(position.samples([doc['text'] for doc in data.docs], tokenizer, tokens, options.samples, options.seed), data.digest)
   if name in long.TASKS:
     make, _ = long.TASKS[name]
-    data = files.read(options.data, name, long.COLUMNS, name)
+    data = files.read(options.folder(name, name), name, long.COLUMNS, name)
     chosen = files.DataSet(_some(data.docs, options), data.digest)
     return Asked(files.each(chosen, make, f'{name}.jsonl'), data.digest)
   return _prepare_standard(name, options)
@@ -105,7 +108,7 @@ def prepare(name: str, tokenizer: Tokenizer, options: Options) -> Asked:
 
 def _prepare_standard(name: str, options: Options) -> Asked:
   task = standard.TASKS[name]
-  data = files.read(options.data, task.file, task.columns, name)
+  data = files.read(options.folder(task.file, name), task.file, task.columns, name)
   chosen = files.DataSet(_some(data.docs, options), data.digest)
   shown = _shown(name, task, options)
   return Asked(files.each(chosen, lambda doc: task.make(doc, shown(doc)), f'{task.file}.jsonl'), data.digest)
@@ -115,7 +118,7 @@ def _shown(name: str, task: standard.Standard, options: Options) -> Callable[[fi
   """The examples before a question, as text: the first of the file that fit it."""
   if not options.shots:
     return lambda doc: ''
-  pool = files.read(options.data, f'{task.file}_shots', task.columns, name).docs
+  pool = files.read(options.folder(f'{task.file}_shots', name), f'{task.file}_shots', task.columns, name).docs
 
   def of(doc: files.Doc) -> str:
     fitting = [other for other in pool if not task.by or other[task.by] == doc[task.by]][: options.shots]

@@ -19,6 +19,7 @@ from typing import Any
 from lmscale import config as config_lib
 from lmscale import processes
 from lmscale.config import Config
+from lmscale.data.atomic_folder import cache_root
 from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
 from lmscale.eval import evaluate
@@ -137,7 +138,7 @@ def find_options(config: Config, names: Sequence[str], shots: int = 0, haystack:
       f'eval.lengths: a context of {context} tokens exceeds model.max_positions {model.max_positions}, which are learned; give shorter '
       f'lengths, or (with --job=eval) --context={model.max_positions}'
     )
-  return Options(data, wanted.samples, shots, wanted.lengths, haystack, config.seed, context)
+  return Options(data, cache_root(config.data.cache), wanted.samples, shots, wanted.lengths, haystack, config.seed, context)
 
 
 def line(name: str, scores: dict[str, Any]) -> str:

@@ -1,7 +1,10 @@
 """What tasks ask, in the columns of the published data sets, and what answers are worth; with a model that knows what it is told."""
 
+import importlib.machinery
 import json
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from lmscale.errors import ConfigError
 from lmscale.eval import evaluate
 from lmscale.eval.requests import Continuation, Likelihood, Rolling, Writing, ask
-from lmscale.eval.tasks import position, standard, synthetic
+from lmscale.eval.tasks import fetching, long, position, standard, synthetic
 
 ARC = {'question': 'What is 1 + 1?', 'choices': {'text': ['one', 'two', 'three'], 'label': ['A', 'B', 'C']}, 'answerKey': 'B'}
 MMLU = {'question': 'What burns?', 'subject': 'high_school_physics', 'choices': ['stone', 'wood', 'water', 'air'], 'answer': 1}
@@ -171,7 +174,7 @@ def test_synthetic_tasks():
 
 def test_a_drawn_part_of_a_file_is_the_same_every_time(tmp_path):
   (tmp_path / 'text.jsonl').write_text(''.join(json.dumps({'text': 'x' * n}) + '\n' for n in range(1, 100)))
-  first, again, other = (evaluate.prepare('text', Knowing(''), evaluate.Options(tmp_path, 10, seed=seed)) for seed in (0, 0, 1))
+  first, again, other = (evaluate.prepare('text', Knowing(''), evaluate.Options(tmp_path, samples=10, seed=seed)) for seed in (0, 0, 1))
   assert [s.requests for s in first.samples] == [s.requests for s in again.samples] != [s.requests for s in other.samples]
   assert len({s.requests for s in first.samples}) == 10
 
@@ -200,12 +203,57 @@ def test_bad_files_are_one_line(tmp_path, content, message):
     scores('piqa', Knowing(''), data=tmp_path)
 
 
-def test_bad_names_are_one_line(tmp_path):
+class Hub(types.ModuleType):
+  """Stands for the package `datasets`, of which load_dataset is used."""
+
+  def __init__(self, data):
+    super().__init__('datasets')
+    self.__spec__ = importlib.machinery.ModuleSpec('datasets', None)
+    self.data, self.asked = data, []
+
+  def load_dataset(self, path, config, split):
+    self.asked.append((path, config, split))
+    if path not in self.data:
+      raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nmore")
+    return self.data[path]
+
+
+def test_what_is_published_is_fetched_once(tmp_path, monkeypatch):
+  hub = Hub({'cais/mmlu': [MMLU] * 2})
+  monkeypatch.setitem(sys.modules, 'datasets', hub)
+  options = {'cache': tmp_path, 'shots': 1}
+  found = scores('mmlu', Knowing(' B'), **options)
+  assert found['samples'] == 2 and hub.asked == [('cais/mmlu', 'all', 'test'), ('cais/mmlu', 'all', 'dev')]
+  monkeypatch.setitem(sys.modules, 'datasets', None)  # it is there now
+  assert scores('mmlu_cloze', Knowing(' B'), **options)['digest'] == found['digest'] and len(hub.asked) == 2
+  assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*.jsonl')) == ['eval/mmlu/mmlu.jsonl', 'eval/mmlu_shots/mmlu_shots.jsonl']
+
+
+def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'datasets', Hub({}))
+  message = (r"task qa_2: the data set hotpotqa/hotpot_qa \(distractor, validation\) cannot be fetched \(ConnectionError: Couldn't reach "
+             r"'hotpotqa/hotpot_qa' on the Hub\); get it where there is a network, as JSON lines in a file hotpot.jsonl, and give its folder as --data=FOLDER$")
+  with pytest.raises(ConfigError, match=message):
+    scores('qa_2', Knowing(''), cache=tmp_path)
+  assert not list(tmp_path.rglob('*.jsonl')) and not (tmp_path / 'eval' / 'hotpot').exists()
+  with pytest.raises(ConfigError, match='no file .*piqa.jsonl'):  # a folder is given: nothing is fetched
+    scores('piqa', Knowing(''), data=tmp_path)
+
+
+def test_every_file_of_a_task_has_a_published_name():
+  files = {task.file for task in standard.TASKS.values()} | set(long.TASKS) | set(synthetic.QA_FILES.values())
+  assert files == {name for name in fetching.PUBLISHED if not name.endswith('_shots')}
+
+
+def test_bad_names_are_one_line(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'datasets', None)
   with pytest.raises(ConfigError, match="'arc' is no task; known: winogrande, piqa"):
     evaluate.check_tasks(['piqa', 'arc'], '--tasks')
   with pytest.raises(ConfigError, match='eval.tasks: none; give some of'):
     evaluate.check_tasks([], 'eval.tasks')
   with pytest.raises(ConfigError, match='task piqa: it is read from a folder; give it as --data=FOLDER'):
     scores('piqa', Knowing(''))
+  with pytest.raises(ConfigError, match=r'task text: it is read from a folder; give it as --data=FOLDER \(or eval.data\)$'):
+    scores('text', Knowing(''))
   with pytest.raises(ConfigError, match='task qa_2: no file .*hotpot.jsonl'):
     scores('qa_2', Knowing(''), data=tmp_path)

@@ -47,11 +47,12 @@ def _sample(task: str, example: Example, count: Callable[[str], int], tokens: in
   )
 
 
-def material(task: str, text: str, folder: pathlib.Path | None) -> tuple[Material, str]:
-  """(what the task is made of, the digest of the file that it is from, if any). text: of the haystack; '': Python's help topics."""
+def material(task: str, text: str, folder: Callable[[str, str], pathlib.Path]) -> tuple[Material, str]:
+  """(what the task is made of, the digest of the file that it is from, if any). text: of the haystack; '': Python's help topics.
+  folder(file, task): where a file lies."""
   if task not in QA_FILES:
     return Material(text or topics()), ''
-  data = files.read(folder or pathlib.Path(), QA_FILES[task], QA_COLUMNS[task], task)
+  data = files.read(folder(QA_FILES[task], task), QA_FILES[task], QA_COLUMNS[task], task)
   found = files.each(data, _squad if task == 'qa_1' else _hotpot, QA_FILES[task])
   return Material(questions={task: [entry for entry in found if entry[2]]}), data.digest
 
