@@ -714,6 +714,41 @@ cases(
 )  # fmt: skip
 
 
+EVAL = ('--job=eval', '--tasks=copy', '--lengths=64')
+cases(
+  12,
+  ("scoring with other than the run's tokenizer", (*EVAL, *TOKENIZER), ('data.tokenizer', 'was trained with tokenizer.json-v'),
+   {'prepare': other_tokenizer, 'changes': ('../cache',)}),
+)  # fmt: skip
+cases(13, ('scoring parameters of other shapes', EVAL, ('checkpoints/4', 'does not fit the model', 'params/layers/0/kernel is stored'), trained))
+cases(
+  14,
+  ('scoring another model', (*EVAL, '--config.model.d_model=16'), ('run', 'model.d_model: 8 -> 16'), trained),
+  ('scoring a newer format', EVAL, ('checkpoints/4', 'format 3', 'reads up to 2'), {'prepare': reads_format(2)}),
+)
+cases(
+  16,
+  ('scored as a run', (*EVAL, '--workdir=x.pt'), ('x.pt is a file', 'pickle'), {'files': {'x.pt': pickle.dumps({})}}),
+  ('as a data set', (*EVAL, '--tasks=piqa', '--data=.'), ('piqa.jsonl:1: not JSON',), {'files': {'piqa.jsonl': pickle.dumps({})}, **trained}),
+)
+cases(
+  23,
+  ('no tasks', '--job=eval', ('--tasks: none', 'winogrande'), trained),
+  ('a task that there is not', ('--job=eval', '--tasks=arc'), ('--tasks', "'arc' is no task"), trained),
+  ('tasks for training', '--tasks=copy', ('--tasks', 'only with --job=eval')),
+  ('no such data', (*EVAL, '--data=no'), ('--data', 'no is no folder'), trained),
+  ('tasks on a schedule without names', '--config.eval.every=2', ('eval.tasks', 'eval.every is 2')),
+  ('a task on a schedule that there is not', ('--config.eval.every=2', '--config.eval.tasks=["arc"]'), ('eval.tasks', "'arc' is no task")),
+  ('no data on a schedule', ('--config.eval.every=2', '--config.eval.tasks=["text"]'), ('task text', '--data=FOLDER (or eval.data)')),
+  ('a length too small', (*EVAL, '--lengths=3'), ('task copy: 3 tokens are too few',), trained),
+  ('a context beyond the positions', (*EVAL, '--config.model.positions=learned', '--config.model.max_positions=16'),
+   ('eval.lengths', '64 tokens', 'model.max_positions 16'), trained),
+  *((f'eval.{field} {value}', f'--config.eval.{field}={value}', (f'eval.{field}', *says)) for field, value, *says in (
+    ('every', '-1', 'less than 0'), ('samples', '-1', 'less than 0'), ('lengths', '[]', 'at least one'), ('lengths', '[0]', '0'), ('tasks', 'copy', 'JSON list'),
+  )),
+)  # fmt: skip
+
+
 def blend(*weights: float) -> str:
   sources = [{'name': f'{i}', 'kind': 'text', 'path': 'text.txt', 'weight': w} for i, w in enumerate(weights)]
   return f'--config.data.sources={json.dumps(sources)}'

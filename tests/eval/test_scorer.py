@@ -90,6 +90,13 @@ def test_what_is_longer_than_the_context_loses_its_beginning():
   assert model.truncated == 3
 
 
+def test_what_is_empty():
+  model = scorer()
+  assert model.continuations([Continuation('abc', ''), Continuation('', '')]) == [(0.0, True, 0)] * 2
+  assert model.rolling([Rolling('')]) == [(0.0, True, 0)]
+  assert model.write([Writing('', (), 2)]) == model.write([Writing('', ('zzzz',), 2)])  # from the end of a document on
+
+
 @pytest.mark.parametrize('length', [1, 7, 8, 9, 16, 21])
 def test_every_token_of_a_long_text_is_scored_once(length):
   model = scorer(context=8)
