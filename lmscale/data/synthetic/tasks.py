@@ -13,7 +13,7 @@ RULER = {
   **dict.fromkeys(needles.TASKS, needles.make), 'vt': chains.make, 'cwe': counting.common_words, 'fwe': counting.frequent_words,
   'qa_1': questions.make, 'qa_2': questions.make,
 }  # fmt: skip
-PHONEBOOK = {'phonebook': phonebook.make, 'phonebook_reversed': phonebook.make}
+PHONEBOOK = dict.fromkeys(('phonebook', 'phonebook_reversed', 'phonebook_all'), phonebook.make)
 RECALL = {'copy': recall.copy, 'induction': recall.induction, 'mqar': recall.mqar}
 TASKS: dict[str, Callable[[str, Dice, Room, Material], Example]] = {**RULER, **PHONEBOOK, **RECALL}
 
