@@ -12,7 +12,7 @@ pip = -m pip -qq --disable-pip-version-check
 pytest = .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help interpreter install quickstart test test-slow test-scale test-gpu extras constraints clean
+.PHONY: help interpreter install quickstart study test test-slow test-scale test-gpu extras constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ $(installed): setup.cfg pyproject.toml $(wildcard constraints/*.txt) | interpret
 
 quickstart: install  ## train a small hybrid on the CPU and show what it learned
 	@.venv/bin/python run.py
+
+study: install  ## train, score and draw the small study (docs/study.md); the same again goes on where it was
+	@.venv/bin/python tools/study.py
 
 test: install  ## check the style, then run every test that needs no accelerator
 	@.venv/bin/python -m ruff check -q .

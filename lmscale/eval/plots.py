@@ -21,7 +21,7 @@ def draw(tasks: dict[str, dict[str, Any]], folder: pathlib.Path, trained: int) -
   ):  # fmt: skip
     if parts:
       written.append(folder / name)
-      _save(lambda pyplot, what=what, parts=parts: what(pyplot, parts), written[-1])
+      save(lambda pyplot, what=what, parts=parts: what(pyplot, parts), written[-1])
   return written
 
 
@@ -30,7 +30,8 @@ def has_depths(scores: dict[str, Any]) -> bool:
   return any('acc_by_depth' in of for of in scores.get('by_length', {}).values())
 
 
-def _save(figure_of: Any, path: pathlib.Path) -> None:
+def save(figure_of: Any, path: pathlib.Path) -> None:
+  """Writes the figure that figure_of(pyplot) makes, as an SVG that is whole or as it was."""
   import matplotlib  # slow to import
 
   matplotlib.use('Agg')
