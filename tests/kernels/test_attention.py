@@ -145,6 +145,30 @@ def test_chunks_of_queries_change_nothing(packed, monkeypatch, assert_close):
     assert_close(differentiate(make(4, 2), **segments), want, 1e-12)
 
 
+DOCUMENTS = np.repeat([[1, 2, 3, 0], [4, 4, 6, 6]], [6, 10, 5, 3], axis=1)  # none begins where a block of 4 does but 16 of row 2
+
+
+def test_blocks_are_visited_from_the_first_to_the_last_that_is_seen():
+  t, size = DOCUMENTS.shape[1], 4
+  places = np.arange(t)[None]
+  visible = (DOCUMENTS[:, :, None] == DOCUMENTS[:, None, :]) & (DOCUMENTS[:, None, :] != 0) & (places[0] <= places.T)
+  by_chunk = visible.any(0).reshape(t // size, size, t // size, size).any((1, 3))
+  wanted = [(np.flatnonzero(seen)[0], np.flatnonzero(seen)[-1] + 1) for seen in by_chunk]
+  chunks = xla.Queries(*(xla._split(size, jnp.asarray(m)) for m in (places, DOCUMENTS)), None)
+  np.testing.assert_array_equal(xla._seen(chunks, xla.Keys(jnp.asarray(places), jnp.asarray(DOCUMENTS)), size), wanted)
+
+
+def test_what_no_query_of_a_chunk_sees_is_not_read(monkeypatch):
+  """A weight of 0 times NaN would be NaN."""
+  monkeypatch.setitem(api.IMPLEMENTATIONS, 'xla', functools.partial(xla.attention_xla, chunk=4))
+  arguments = make(4, 2, t=16, s=16, dtype=np.float32)
+  segments = np.tile(np.repeat([1, 2], 8), (2, 1))
+  arguments |= {name: arguments[name].at[:, :8].set(np.nan) for name in 'kv'}
+  out, grads = differentiate(arguments, q_segments=segments, k_segments=segments)
+  assert np.isfinite(out[:, 8:]).all() and np.isnan(out[:, :8]).all()
+  assert all(np.isfinite(grad[:, 8:]).all() for grad in grads.values())
+
+
 def test_memory_grows_with_a_chunk_of_queries_not_with_all(largest_array, kept_bytes, monkeypatch):
   arguments = make(2, 2, b=1, t=64, s=64, d=4, dtype=np.float32)
 
@@ -152,7 +176,8 @@ def test_memory_grows_with_a_chunk_of_queries_not_with_all(largest_array, kept_b
     return largest_array(jax.grad(lambda a: jnp.sum(attention(**a))), arguments)
 
   per_token = 64 * 16  # bytes, for positions and the like
-  assert kept_bytes(lambda a: attention(**a), arguments) <= sum(a.nbytes for a in arguments.values()) + per_token
+  out = arguments['q'].nbytes  # which the product behind keeps anyway
+  assert kept_bytes(lambda a: attention(**a), arguments) <= sum(a.nbytes for a in arguments.values()) + out + per_token
   assert gradient_size() >= 2 * 64 * 64
   monkeypatch.setitem(api.IMPLEMENTATIONS, 'xla', functools.partial(xla.attention_xla, chunk=8))
   assert gradient_size() <= 2 * 64 * 8

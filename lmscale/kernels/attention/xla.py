@@ -1,103 +1,236 @@
-"""Attention in plain XLA, some queries at a time: scores exist for one chunk of queries and all keys.
+"""Attention in plain XLA: scores exist for one chunk of queries and one block of keys, and blocks that nobody sees are left out.
 
-The backward pass keeps the inputs only and makes a chunk's softmax again (arXiv 2205.14135, section 3.1, without its
-blocks of keys). With p = softmax(scores) and o = p v:
+The softmax is put together from blocks (arXiv 2205.14135, section 3.1); kept for the backward pass are the output o and, of each
+query, the logarithm of its sum. With p = exp(scores - that):
 
-  dv = p^T do      dp = do v^T      dscores = p (dp - sum(p dp))      dq = dscores k      dk = dscores^T q
+  dv = p^T do      dp = do v^T      dscores = p (dp - sum(o do))      dq = dscores k      dk = dscores^T q
+
+Between the first and the last block that a query of a chunk may see, all are visited: of t tokens in one causal row half of
+t^2, and less where documents are shorter than the row.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-CHUNK = 512  # queries
+from lmscale.kernels import choice
+
+BEFORE, BEHIND = -1 << 30, 1 << 30  # places that no key and no query has
 
 
-def attention_xla(q, k, v, q_positions, k_positions, q_segments, k_segments, q_first=None, chunk=CHUNK):
-  """Arguments as in `api`, besides chunk: queries whose scores exist at a time."""
+class Queries(NamedTuple):
+  """Of each query [b or 1, t]: its place, its segment or None, the first place it sees or None."""
+
+  positions: jax.Array
+  segments: jax.Array | None
+  first: jax.Array | None
+
+
+class Keys(NamedTuple):
+  """Of each key [b or 1, s]: its place, its segment or None."""
+
+  positions: jax.Array
+  segments: jax.Array | None
+
+
+def attention_xla(q, k, v, q_positions, k_positions, q_segments, k_segments, q_first=None, chunk=None):
+  """Arguments as in `api`, besides chunk: queries, and keys, whose scores exist at a time."""
+  chunk = chunk or default_chunk()
+  q_positions = jnp.arange(q.shape[1])[None] if q_positions is None else q_positions
+  k_positions = jnp.arange(k.shape[1])[None] if k_positions is None else k_positions
+  return _attention(chunk, q, k, v, Queries(q_positions, q_segments, q_first), Keys(k_positions, k_segments))
+
+
+def default_chunk() -> int:
+  """What was fastest on CPUs; on a GPU a turn of a loop costs more."""
+  return 128 if choice.backend() == 'cpu' else 512
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(chunk: int, q: jax.Array, k: jax.Array, v: jax.Array, queries: Queries, keys: Keys) -> jax.Array:
+  return _forward(chunk, q, k, v, queries, keys)[0]
+
+
+def _attention_fwd(chunk, q, k, v, queries, keys):
+  out, logsum = (checkpoint_name(m, 'attention') for m in _forward(chunk, q, k, v, queries, keys))
+  return out, (q, k, v, queries, keys, out, logsum)
+
+
+def _forward(chunk, q, k, v, queries, keys):
+  """The output [b, t, h, d], and of each query and head the logarithm of its sum [chunks, b, g, r, c]."""
   b, t, h, d = q.shape
-  s, g = k.shape[1:3]
-  q_positions = jnp.arange(t)[None] if q_positions is None else q_positions
-  k_positions = jnp.arange(s)[None] if k_positions is None else k_positions
-  size = min(chunk, t)
+  acc, size = _acc(q, k), _block_size(chunk, q, k)
 
-  def split(m, fill=0):
-    """[b, t, ...] -> [chunks, b, size, ...]."""
-    m = jnp.pad(m, ((0, 0), (0, -t % size)) + ((0, 0),) * (m.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(m.reshape(m.shape[0], -1, size, *m.shape[2:]), 1, 0)
+  def one_chunk(_, inputs):
+    q, queries, seen = inputs
 
-  segments, first = (None if m is None else split(m) for m in (q_segments, q_first))
-  queries = split(q_positions, -1 << 30), segments, first
-  out = _attention(split(q.reshape(b, t, g, h // g, d)), k, v, queries, (k_positions, k_segments))
-  return checkpoint_name(jnp.moveaxis(out, 0, 1).reshape(b, -1, h, d)[:, :t], 'attention')
+    def one_block(block, carry):
+      most, total, out = carry
+      scores = _scores(q, queries, block)
+      new = jnp.maximum(most, jnp.max(scores, axis=-1))
+      p, kept = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
+      out = kept[..., None] * out + _weighted(p.astype(v.dtype), block.v)
+      return new, kept * total + jnp.sum(p, axis=-1), out
 
+    # A finite bound, not -inf: a query without a visible key makes no NaN, which jax_debug_nans would report. What is summed
+    # before the first visible key is multiplied by 0 there.
+    none = jnp.full((b, *q.shape[2:4], q.shape[1]), _least(acc), acc)
+    nothing = none, jnp.zeros_like(none), jnp.zeros((*none.shape, d), acc)
+    most, total, out = _over_blocks(size, seen, k, v, keys, one_block, nothing)
+    sees = most != _least(acc)  # NaN stays NaN
+    out = jnp.where(sees[..., None], out / jnp.where(sees, total, 1)[..., None], 0)
+    logsum = jnp.where(sees, most + jnp.log(jnp.where(sees, total, 1)), -_least(acc))  # p is 0 for a query that sees nothing
+    return None, (jnp.moveaxis(out, 3, 1).astype(q.dtype), logsum)
 
-@jax.custom_vjp
-def _attention(q, k, v, queries, keys):
-  """q [chunks, b, c, g, r, d]; k, v [b, s, g, d]; queries: (positions, segments or None, first positions or
-  None) of their tokens; keys: (positions, segments or None)."""
-
-  def body(_, inputs):
-    q, queries = inputs
-    weights = _weights(q, k, queries, keys)
-    return None, _weighted(weights.astype(v.dtype), v).astype(q.dtype)
-
-  return jax.lax.scan(body, None, (q, queries))[1]
-
-
-def _attention_fwd(*inputs):
-  return _attention(*inputs), inputs
+  inputs = _split_queries(chunk, size, q, k, queries, keys)
+  out, logsum = jax.lax.scan(one_chunk, None, inputs)[1]
+  return _joined(out, t).reshape(b, t, h, d), logsum
 
 
-def _attention_bwd(inputs, dout):
-  q, k, v, queries, keys = inputs
+def _attention_bwd(chunk, kept, dout):
+  q, k, v, queries, keys, out, logsum = kept
+  b, t, _, d = q.shape
+  acc, size, scale = _acc(q, k), _block_size(chunk, q, k), d**-0.5
+  grouped = (b, t, k.shape[2], -1)
+  inner = jnp.sum(out.astype(acc) * dout.astype(acc), axis=-1).reshape(grouped)
 
-  def body(carry, inputs):
-    dk, dv = carry
-    q, queries, dout = inputs
-    weights = _weights(q, k, queries, keys)
-    dv += _einsum('bgrts,btgrd->bsgd', weights.astype(v.dtype), dout)
-    dweights = _einsum('btgrd,bsgd->bgrts', dout, v)
-    dscores = weights * (dweights - jnp.sum(weights * dweights, axis=-1, keepdims=True)) * q.shape[-1] ** -0.5
-    dscores = dscores.astype(q.dtype)
-    dk += _einsum('bgrts,btgrd->bsgd', dscores, q)
-    return (dk, dv), _einsum('bgrts,bsgd->btgrd', dscores, k).astype(q.dtype)
+  def one_chunk(carry, inputs):
+    (q, queries, seen), logsum, inner, dout = inputs
+    inner = jnp.moveaxis(inner, 1, 3)
 
-  acc = jnp.promote_types(jnp.float32, q.dtype)
-  zero = jnp.zeros(k.shape, acc)
-  (dk, dv), dq = jax.lax.scan(body, (zero, zero), (q, queries, dout))
-  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    def one_block(block, carry):
+      dk, dv, dq = carry
+      p = jnp.exp(_scores(q, queries, block) - logsum[..., None])
+      dp = _einsum('btgrd,bsgd->bgrts', dout, block.v)
+      dscores = (p * (dp - inner[..., None]) * scale).astype(q.dtype)
+      dv = block.add(dv, _einsum('bgrts,btgrd->bsgd', p.astype(v.dtype), dout))
+      dk = block.add(dk, _einsum('bgrts,btgrd->bsgd', dscores, q))
+      return dk, dv, dq + _einsum('bgrts,bsgd->btgrd', dscores, block.k)
+
+    dk, dv, dq = _over_blocks(size, seen, k, v, keys, one_block, (*carry, jnp.zeros(q.shape, acc)))
+    return (dk, dv), dq.astype(q.dtype)
+
+  inputs = (_split_queries(chunk, size, q, k, queries, keys), logsum, _split(chunk, inner), _split(chunk, dout.reshape(*grouped, d)))
+  (dk, dv), dq = jax.lax.scan(one_chunk, (jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc)), inputs)
+  return _joined(dq, t).reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _weights(q, k, queries, keys):
-  """The softmax of a chunk's scores [b, g, r, c, s] in the accumulator dtype; zeros where a query sees no key."""
-  (q_positions, q_segments, q_first), (k_positions, k_segments) = queries, keys
-  visible = k_positions[:, None, :] <= q_positions[:, :, None]
-  if q_first is not None:
-    visible &= k_positions[:, None, :] >= q_first[:, :, None]
-  if q_segments is not None:
-    visible &= (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] != 0)
-  visible = visible[:, None, None]  # [b or 1, 1, 1, c, s]
-  scores = _einsum('btgrd,bsgd->bgrts', q, k) * q.shape[-1] ** -0.5
-  # A finite bound, not -inf: a row without visible keys makes no NaN, which jax_debug_nans would report.
-  scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min / 2)
-  return jnp.where(jnp.any(visible, axis=-1, keepdims=True), jax.nn.softmax(scores, axis=-1), 0)
+class Block(NamedTuple):
+  """Some keys [b, c, g, d] with their values. The last block of a row lies over the one before it: own [c] says which are its own."""
+
+  k: jax.Array
+  v: jax.Array
+  keys: Keys
+  own: jax.Array | None
+  start: jax.Array | int
+
+  def add(self, whole: jax.Array, part: jax.Array) -> jax.Array:
+    """whole [b, s, g, d] with part added at this block."""
+    if part.shape == whole.shape:
+      return whole + part
+    old = jax.lax.dynamic_slice_in_dim(whole, self.start, part.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(whole, old + part, self.start, axis=1)
 
 
-def _weighted(weights, v):
-  """bgrts,bsgd->btgrd with v as the right-hand side, whose rows are read as they lie: einsum turns it round, which copies a cache."""
+def _over_blocks(size: int, seen: jax.Array, k: jax.Array, v: jax.Array, keys: Keys, body: Callable, carry: Any) -> Any:
+  """body(block, carry) for the blocks of `size` keys from seen[0] to before seen[1], or without a loop for all keys."""
+  s = k.shape[1]
+  if size == s:
+    return body(Block(k, v, keys, None, 0), carry)
+
+  def turn(number, carry):
+    start = jnp.minimum(number * size, s - size)
+    part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
+    own = start + jnp.arange(size) >= number * size
+    return body(Block(part(k), part(v), jax.tree.map(part, keys), own, start), carry)
+
+  return jax.lax.fori_loop(seen[0], seen[1], turn, carry)
+
+
+def _split_queries(chunk: int, size: int, q: jax.Array, k: jax.Array, queries: Queries, keys: Keys) -> tuple:
+  """For each chunk: q [b, c, g, r, d], what is known of its queries, and the first and behind the last block that they see."""
+  b, t, _, d = q.shape
+  fill = Queries(BEFORE, 0, BEHIND)
+  parts = Queries(*(None if m is None else _split(chunk, m, fill) for m, fill in zip(queries, fill, strict=True)))
+  return _split(chunk, q.reshape(b, t, k.shape[2], -1, d)), parts, _seen(parts, keys, size)
+
+
+def _seen(chunks: Queries, keys: Keys, size: int) -> jax.Array:
+  """[chunks, 2] int32: the blocks from [0] to before [1] hold every key that some query of the chunk sees."""
+
+  least, most = functools.partial(jnp.min, axis=-1), functools.partial(jnp.max, axis=-1)
+
+  def meet(low, high):
+    """Of the least numbers [m, b or 1] and the largest [n, b or 1]: which are not above which, [m, n, b]."""
+    return low[:, None] <= high[None]
+
+  sees = meet(least(_split(size, keys.positions, BEHIND)), most(chunks.positions)).swapaxes(0, 1)
+  if chunks.first is not None:
+    sees &= meet(least(chunks.first), most(_split(size, keys.positions, BEFORE)))
+  if chunks.segments is not None:
+    (asked_low, asked_high), (low, high) = (
+      (least(jnp.where(m == 0, BEHIND, m)), most(jnp.where(m == 0, BEFORE, m))) for m in (chunks.segments, _split(size, keys.segments))
+    )
+    sees &= meet(asked_low, high) & meet(low, asked_high).swapaxes(0, 1)
+  sees = jnp.any(sees, axis=-1)  # [chunks, blocks]
+  behind = sees.shape[1] - jnp.argmax(sees[:, ::-1], axis=1)
+  return jnp.stack([jnp.argmax(sees, axis=1), jnp.where(jnp.any(sees, axis=1), behind, 0)], axis=1).astype(jnp.int32)
+
+
+def _scores(q: jax.Array, queries: Queries, block: Block) -> jax.Array:
+  """[b, g, r, c, s] in the accumulator dtype; the least value where a query does not see a key."""
+  places = block.keys.positions[:, None, :]
+  visible = places <= queries.positions[:, :, None]
+  if block.own is not None:
+    visible &= block.own
+  if queries.first is not None:
+    visible &= places >= queries.first[:, :, None]
+  if queries.segments is not None:
+    segments = block.keys.segments[:, None, :]
+    visible &= (queries.segments[:, :, None] == segments) & (segments != 0)
+  scores = _einsum('btgrd,bsgd->bgrts', q, block.k) * q.shape[-1] ** -0.5
+  return jnp.where(visible[:, None, None], scores, _least(scores.dtype))
+
+
+def _split(size: int, m: jax.Array, fill: int = 0) -> jax.Array:
+  """[b, t, ...] -> [chunks, b, size or t, ...], the last chunk filled up."""
+  size = min(size, m.shape[1])
+  m = jnp.pad(m, ((0, 0), (0, -m.shape[1] % size)) + ((0, 0),) * (m.ndim - 2), constant_values=fill)
+  return jnp.moveaxis(m.reshape(m.shape[0], -1, size, *m.shape[2:]), 1, 0)
+
+
+def _joined(chunks: jax.Array, t: int) -> jax.Array:
+  """[chunks, b, size, ...] -> [b, t, ...]"""
+  return jnp.moveaxis(chunks, 0, 1).reshape(chunks.shape[1], -1, *chunks.shape[3:])[:, :t]
+
+
+def _block_size(chunk: int, q: jax.Array, k: jax.Array) -> int:
+  """Keys at a time. One query reads a cache in one pass."""
+  return k.shape[1] if q.shape[1] == 1 else min(chunk, k.shape[1])
+
+
+def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
+  """bgrts,bsgd->bgrtd with v as the right-hand side, whose rows are read as they lie: einsum turns it round, which copies a cache."""
   b, g, r, t, s = weights.shape
-  acc = jnp.promote_types(jnp.float32, v.dtype)
   dims = ((3,), (2,)), ((0, 1), (0, 1))
-  out = jax.lax.dot_general(weights.reshape(b, g, r * t, s), jnp.swapaxes(v, 1, 2), dims, preferred_element_type=acc)
-  return jnp.moveaxis(out.reshape(b, g, r, t, -1), 3, 1)
+  out = jax.lax.dot_general(weights.reshape(b, g, r * t, s), jnp.swapaxes(v, 1, 2), dims, preferred_element_type=_acc(v))
+  return out.reshape(b, g, r, t, -1)
+
+
+def _least(dtype: Any) -> float:
+  return float(jnp.finfo(dtype).min) / 2
+
+
+def _acc(*operands: jax.Array) -> Any:
+  return functools.reduce(jnp.promote_types, (m.dtype for m in operands), jnp.dtype(jnp.float32))
 
 
 def _einsum(formula, *operands):
-  acc = functools.reduce(jnp.promote_types, (m.dtype for m in operands), jnp.dtype(jnp.float32))
-  return jnp.einsum(formula, *operands, preferred_element_type=acc)
+  return jnp.einsum(formula, *operands, preferred_element_type=_acc(*operands))
