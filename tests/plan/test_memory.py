@@ -162,7 +162,7 @@ def test_the_compiler_agrees_on_a_pipeline(vocab_on_pipe):
   assert 0.5 < temps[1] / (plans[1]['total'] - plans[1]['optimizer'] * 3 // 2) < 2
 
 
-@pytest.mark.parametrize('remat,most', [('none', 1.5), pytest.param('full', 2.4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('remat,most', [('none', 1.7), pytest.param('full', 2.4, marks=pytest.mark.slow)])
 def test_the_compiler_agrees(remat, most):
   """XLA's own figures for the compiled step: the state exactly, the rest roughly (more where layers are recomputed)."""
   config = build({'tensor': 2, 'zero': 1}, {'batch': 16, 'microbatch': 2, 'remat': remat}, {'pattern': 'M-*'})

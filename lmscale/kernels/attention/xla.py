@@ -1,7 +1,7 @@
 """Attention in plain XLA: scores exist for one chunk of queries and one block of keys, and blocks that nobody sees are left out.
 
-The softmax is put together from blocks (arXiv 2205.14135, section 3.1); kept for the backward pass are the output o and, of each
-query, the logarithm of its sum. With p = exp(scores - that):
+The softmax is put together from blocks (arXiv 2205.14135, section 3.1). The backward pass keeps the inputs only: for a chunk it
+makes the output o and the logarithm of each query's sum again, then with p = exp(scores - that):
 
   dv = p^T do      dp = do v^T      dscores = p (dp - sum(o do))      dq = dscores k      dk = dscores^T q
 
@@ -42,7 +42,8 @@ def attention_xla(q, k, v, q_positions, k_positions, q_segments, k_segments, q_f
   chunk = chunk or default_chunk()
   q_positions = jnp.arange(q.shape[1])[None] if q_positions is None else q_positions
   k_positions = jnp.arange(k.shape[1])[None] if k_positions is None else k_positions
-  return _attention(chunk, q, k, v, Queries(q_positions, q_segments, q_first), Keys(k_positions, k_segments))
+  out = _attention(chunk, q, k, v, Queries(q_positions, q_segments, q_first), Keys(k_positions, k_segments))
+  return checkpoint_name(out, 'attention')
 
 
 def default_chunk() -> int:
@@ -52,55 +53,26 @@ def default_chunk() -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(chunk: int, q: jax.Array, k: jax.Array, v: jax.Array, queries: Queries, keys: Keys) -> jax.Array:
-  return _forward(chunk, q, k, v, queries, keys)[0]
-
-
-def _attention_fwd(chunk, q, k, v, queries, keys):
-  out, logsum = (checkpoint_name(m, 'attention') for m in _forward(chunk, q, k, v, queries, keys))
-  return out, (q, k, v, queries, keys, out, logsum)
-
-
-def _forward(chunk, q, k, v, queries, keys):
-  """The output [b, t, h, d], and of each query and head the logarithm of its sum [chunks, b, g, r, c]."""
-  b, t, h, d = q.shape
-  acc, size = _acc(q, k), _block_size(chunk, q, k)
+  size = _block_size(chunk, q, k)
 
   def one_chunk(_, inputs):
-    q, queries, seen = inputs
+    return None, _forward(size, *inputs, k, v, keys)[0].astype(q.dtype)
 
-    def one_block(block, carry):
-      most, total, out = carry
-      scores = _scores(q, queries, block)
-      new = jnp.maximum(most, jnp.max(scores, axis=-1))
-      p, kept = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
-      out = kept[..., None] * out + _weighted(p.astype(v.dtype), block.v)
-      return new, kept * total + jnp.sum(p, axis=-1), out
-
-    # A finite bound, not -inf: a query without a visible key makes no NaN, which jax_debug_nans would report. What is summed
-    # before the first visible key is multiplied by 0 there.
-    none = jnp.full((b, *q.shape[2:4], q.shape[1]), _least(acc), acc)
-    nothing = none, jnp.zeros_like(none), jnp.zeros((*none.shape, d), acc)
-    most, total, out = _over_blocks(size, seen, k, v, keys, one_block, nothing)
-    sees = most != _least(acc)  # NaN stays NaN
-    out = jnp.where(sees[..., None], out / jnp.where(sees, total, 1)[..., None], 0)
-    logsum = jnp.where(sees, most + jnp.log(jnp.where(sees, total, 1)), -_least(acc))  # p is 0 for a query that sees nothing
-    return None, (jnp.moveaxis(out, 3, 1).astype(q.dtype), logsum)
-
-  inputs = _split_queries(chunk, size, q, k, queries, keys)
-  out, logsum = jax.lax.scan(one_chunk, None, inputs)[1]
-  return _joined(out, t).reshape(b, t, h, d), logsum
+  return _joined(jax.lax.scan(one_chunk, None, _split_queries(chunk, size, q, k, queries, keys))[1], q.shape)
 
 
-def _attention_bwd(chunk, kept, dout):
-  q, k, v, queries, keys, out, logsum = kept
-  b, t, _, d = q.shape
-  acc, size, scale = _acc(q, k), _block_size(chunk, q, k), d**-0.5
-  grouped = (b, t, k.shape[2], -1)
-  inner = jnp.sum(out.astype(acc) * dout.astype(acc), axis=-1).reshape(grouped)
+def _attention_fwd(chunk, *inputs):
+  return _attention(chunk, *inputs), inputs
+
+
+def _attention_bwd(chunk, inputs, dout):
+  q, k, v, queries, keys = inputs
+  acc, size, scale = _acc(q, k), _block_size(chunk, q, k), q.shape[-1] ** -0.5
 
   def one_chunk(carry, inputs):
-    (q, queries, seen), logsum, inner, dout = inputs
-    inner = jnp.moveaxis(inner, 1, 3)
+    (q, queries, seen), dout = inputs
+    out, logsum = _forward(size, q, queries, seen, k, v, keys)
+    inner = jnp.moveaxis(jnp.sum(out * dout.astype(acc), axis=-1), 1, 3)
 
     def one_block(block, carry):
       dk, dv, dq = carry
@@ -114,12 +86,38 @@ def _attention_bwd(chunk, kept, dout):
     dk, dv, dq = _over_blocks(size, seen, k, v, keys, one_block, (*carry, jnp.zeros(q.shape, acc)))
     return (dk, dv), dq.astype(q.dtype)
 
-  inputs = (_split_queries(chunk, size, q, k, queries, keys), logsum, _split(chunk, inner), _split(chunk, dout.reshape(*grouped, d)))
-  (dk, dv), dq = jax.lax.scan(one_chunk, (jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc)), inputs)
-  return _joined(dq, t).reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+  dout = _split(chunk, dout.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3]))
+  zeros = jnp.zeros(k.shape, acc), jnp.zeros(v.shape, acc)
+  (dk, dv), dq = jax.lax.scan(one_chunk, zeros, (_split_queries(chunk, size, q, k, queries, keys), dout))
+  return _joined(dq, q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _forward(
+  size: int, q: jax.Array, queries: Queries, seen: jax.Array, k: jax.Array, v: jax.Array, keys: Keys
+) -> tuple[jax.Array, jax.Array]:
+  """The output [b, c, g, r, d] of a chunk of queries, and the logarithm of each one's sum [b, g, r, c], in the accumulator dtype."""
+  acc = _acc(q, k)
+
+  def one_block(block, carry):
+    most, total, out = carry
+    scores = _scores(q, queries, block)
+    new = jnp.maximum(most, jnp.max(scores, axis=-1))
+    p, kept = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
+    out = kept[..., None] * out + _weighted(p.astype(v.dtype), block.v)
+    return new, kept * total + jnp.sum(p, axis=-1), out
+
+  # A finite bound, not -inf: a query without a visible key makes no NaN, which jax_debug_nans would report. What is summed
+  # before the first visible key is multiplied by 0 there.
+  b, c, g, r, d = q.shape
+  none = jnp.full((b, g, r, c), _least(acc), acc)
+  most, total, out = _over_blocks(size, seen, k, v, keys, one_block, (none, jnp.zeros_like(none), jnp.zeros((*none.shape, d), acc)))
+  sees = most != _least(acc)  # NaN stays NaN
+  total = jnp.where(sees, total, 1)
+  out = jnp.where(sees[..., None], out / total[..., None], 0)
+  return jnp.moveaxis(out, 3, 1), jnp.where(sees, most + jnp.log(total), -_least(acc))  # of one that sees nothing p is 0
 
 
 class Block(NamedTuple):
@@ -206,9 +204,10 @@ def _split(size: int, m: jax.Array, fill: int = 0) -> jax.Array:
   return jnp.moveaxis(m.reshape(m.shape[0], -1, size, *m.shape[2:]), 1, 0)
 
 
-def _joined(chunks: jax.Array, t: int) -> jax.Array:
-  """[chunks, b, size, ...] -> [b, t, ...]"""
-  return jnp.moveaxis(chunks, 0, 1).reshape(chunks.shape[1], -1, *chunks.shape[3:])[:, :t]
+def _joined(chunks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """[chunks, b, size, ...] -> shape [b, t, h, d]"""
+  b, t, h, d = shape
+  return jnp.moveaxis(chunks, 0, 1).reshape(b, -1, h, d)[:, :t]
 
 
 def _block_size(chunk: int, q: jax.Array, k: jax.Array) -> int:
