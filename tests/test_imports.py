@@ -7,16 +7,17 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = {'config', 'kernels', 'models'}
-BELOW_TRAIN = MODEL | {'parallel', 'plan', 'processes', 'data', 'batch', 'exit_codes', 'unfinished'}
+BELOW_TRAIN = MODEL | {'parallel', 'plan', 'processes', 'data', 'batch', 'cache_root', 'exit_codes', 'unfinished'}
 MAY = {  # part of lmscale -> the parts that it may import, beside itself and `errors`
   'errors': set(),
   'exit_codes': set(),
   'batch': set(),
   'unfinished': set(),
+  'cache_root': set(),
   'config': set(),
   'processes': {'exit_codes', 'unfinished'},
-  'data': {'config', 'batch', 'unfinished'},
-  'kernels': {'config'},
+  'data': {'config', 'batch', 'cache_root', 'unfinished'},
+  'kernels': {'config', 'cache_root'},
   'models': {'config', 'kernels'},
   'parallel': MODEL | {'batch', 'processes'},
   'plan': MODEL | {'parallel'},

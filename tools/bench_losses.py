@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from lmscale.data import atomic_folder, losses, token_cache
+from lmscale.cache_root import cache_root
+from lmscale.data import losses, token_cache
 from lmscale.data.reading_notes import Notes
 from lmscale.data.sources import opening
 from lmscale.data.tokenizer import get_tokenizer
@@ -22,7 +23,7 @@ def measure(tokenizer_name: str, source: str, limit: int) -> tuple[float, float,
   tokenizer = get_tokenizer(tokenizer_name)
   found = losses.Losses(tokenizer)
   tokenising, checking, size = 0.0, 0.0, 0
-  opened = opening.open_source(opening.parse(source), atomic_folder.cache_root())
+  opened = opening.open_source(opening.parse(source), cache_root())
   for batch in token_cache.batches(opened.documents(Notes())):
     texts = [document.text for document in batch]
     start = time.process_time()

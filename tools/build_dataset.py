@@ -31,6 +31,7 @@ import numpy as np
 import tqdm
 
 from lmscale import config as config_lib
+from lmscale.cache_root import cache_root
 from lmscale.data import atomic_folder, losses, token_cache
 from lmscale.data.reading_notes import Notes
 from lmscale.data.sources import encoding, megatron, opening
@@ -62,7 +63,7 @@ def units(inputs: Sequence[config_lib.SourceConfig]) -> list[tuple[config_lib.So
 
 def shard_key(source: config_lib.SourceConfig, tokenizer_name: str, end: str = '') -> str:
   """Names a unit's content and the tokenizer. Runs in a worker process."""
-  opened, tokenizer = opening.open_source(source, atomic_folder.cache_root()), get_tokenizer(tokenizer_name, end)
+  opened, tokenizer = opening.open_source(source, cache_root()), get_tokenizer(tokenizer_name, end)
   return hashlib.sha256(f'{type(opened).__name__} {opened.digest()} {tokenizer.identity} {FORMAT}'.encode()).hexdigest()[:32]
 
 
@@ -73,7 +74,7 @@ def build_shard(source: config_lib.SourceConfig, key: str, tokenizer_name: str, 
   Raises:
     ConfigError: the text cannot be used, or it is no longer what `key` names.
   """
-  opened, tokenizer = opening.open_source(source, atomic_folder.cache_root()), get_tokenizer(tokenizer_name, end)
+  opened, tokenizer = opening.open_source(source, cache_root()), get_tokenizer(tokenizer_name, end)
 
   def build(folder: pathlib.Path) -> None:
     kept, notes, lost = [], Notes(), losses.Losses(tokenizer)

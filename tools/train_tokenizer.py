@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import tqdm
 
 from lmscale import config as config_lib
-from lmscale.data import atomic_folder
+from lmscale.cache_root import cache_root
 from lmscale.data.optional_packages import need
 from lmscale.data.reading_notes import Notes
 from lmscale.data.sources import opening
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not flags.out.absolute().parent.is_dir():
       raise ConfigError(f'--out: the folder of {flags.out} does not exist')
     sources = [opening.parse(text, flags.field, flags.split) for text in flags.input]
-    found = texts(sources, atomic_folder.cache_root(), flags.max_bytes)
+    found = texts(sources, cache_root(), flags.max_bytes)
     write_new(flags.out, trainers[flags.out.suffix](found, flags.vocab))
     made = open_tokenizer(str(flags.out))
   except ConfigError as error:

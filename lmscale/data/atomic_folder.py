@@ -27,11 +27,6 @@ T = TypeVar('T')
 log = logging.getLogger(__name__)
 
 
-def cache_root(configured: str = '') -> pathlib.Path:
-  """`configured` (data.cache) if not empty, else $LMSCALE_CACHE, else ~/.cache/lmscale."""
-  return pathlib.Path(configured or os.environ.get('LMSCALE_CACHE') or '~/.cache/lmscale').expanduser().absolute()
-
-
 def ensure(folder: pathlib.Path, build: Callable[[pathlib.Path], None],
            open_folder: Callable[[pathlib.Path], T]) -> T:
   """`open_folder(folder)`, after `build(empty folder)` if the folder is missing or `open_folder` finds it damaged.

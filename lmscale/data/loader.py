@@ -12,7 +12,8 @@ import numpy as np
 
 from lmscale import config as config_lib
 from lmscale.batch import ROWS
-from lmscale.data import atomic_folder, entropy, same_content, token_cache
+from lmscale.cache_root import cache_root
+from lmscale.data import entropy, same_content, token_cache
 from lmscale.data import tokenizer as tokenizer_lib
 from lmscale.data.blend import Blend
 from lmscale.data.sampler import Sampler
@@ -58,7 +59,7 @@ class Loader:
     self.sources = [source for source in data.sources if source.weight]
     seed = config.seed if split == 'train' else 0
     self.blend = Blend([source.weight for source in self.sources], seed, split)
-    root = atomic_folder.cache_root(data.cache)
+    root = cache_root(data.cache)
     self.stores = [_open(data.sources.index(source), source, self.tokenizer, root) for source in self.sources]
     identities = [store.identity for store in self.stores]
     self.copies = [identities[:i].count(identity) for i, identity in enumerate(identities)]

@@ -9,6 +9,7 @@ import jax
 from lmscale.config import Config, ConfigError, check_mesh, fill_data
 from lmscale.exit_codes import DONE
 from lmscale.jobs import ahead
+from lmscale.kernels.choice import Choice, tracing_for
 from lmscale.parallel.pipeline.layout import step_table
 from lmscale.plan.activations import check_kernels
 from lmscale.plan.hardware import HARDWARE, Hardware, find_hardware
@@ -27,16 +28,24 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   check_mesh(config)
   if flags.compile:
     ahead.prepare(config, flags.compile)
-  check_kernels(config)
+  kernels = _kernels(config, flags.compile)
   if flags.svg:
     _draw(config, pathlib.Path(flags.svg))
-  report = make_report(config, hardware)
+  report = make_report(config, hardware, kernels)
   if flags.compile:
     report['compiled'] = ahead.compile_step(config, flags.compile)
   if not all(bound['fits'] for bound in report['bounds']) and len(hardware) == 1:
     report['advice'] = _advice(config, hardware[0])
   print(json.dumps(report, indent=2) if flags.json else format_report(report))
   return DONE
+
+
+def _kernels(config: Config, target: str | None) -> list[Choice]:
+  """What is chosen here, or on the devices that the step is compiled for."""
+  if not target:
+    return check_kernels(config)
+  with tracing_for(ahead.devices(target, config.mesh.size)[0]):
+    return check_kernels(config)
 
 
 def _advice(config: Config, hardware: Hardware) -> str:

@@ -14,7 +14,7 @@ from lmscale.data.tokenizer import fitting_tokenizer
 from lmscale.errors import ConfigError
 from lmscale.exit_codes import DONE
 from lmscale.jobs.devices import count_devices
-from lmscale.plan.activations import check_kernels
+from lmscale.jobs.kernels import settle_kernels
 from lmscale.plan.devices import describe_peak
 from lmscale.plan.report import format_report, make_report
 from lmscale.train import loop, program, scores
@@ -46,8 +46,7 @@ def run(config: Config, flags: argparse.Namespace) -> int:
   mesh_config = resolve_mesh(config, count_devices(config))
   if config.train.init_from and not (folder / 'checkpoints').is_dir():
     check_source(config, tokenizer.identity)
-  check_kernels(mesh_config, jax.default_backend())
-  report = make_report(mesh_config)
+  report = make_report(mesh_config, kernels=settle_kernels(mesh_config))
   say(format_report(report))
   say(f'peak              {describe_peak(jax.devices()[0].device_kind, config.train.compute_dtype, jax.device_count())}')
   loader = Loader(mesh_config, tell=processes.is_first())

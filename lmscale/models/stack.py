@@ -23,7 +23,14 @@ def layer_specs(config: ModelConfig, kind: str) -> dict[str, ParamSpec]:
   """The parameters of one layer of `kind`."""
   x = jnp.zeros((1, 1, config.d_model))
   context = Context(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
-  return declared_specs(LAYERS[kind](config), x, context, None)
+  return declared_specs(LAYERS[kind](_by_xla(config)), x, context, None)
+
+
+def _by_xla(config: ModelConfig) -> ModelConfig:
+  """With kernels that take any shape and dtype: parameters do not depend on them."""
+  sections = {layer.section: getattr(config, layer.section) for layer in LAYERS.values()}
+  named = {name: dataclasses.replace(section, implementation='xla') for name, section in sections.items() if hasattr(section, 'implementation')}
+  return dataclasses.replace(config, **named)
 
 
 def apply_layer(

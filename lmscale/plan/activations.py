@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lmscale.config import Config, ConfigError, ModelConfig
+from lmscale.kernels.choice import Choice, recording
 from lmscale.models import stack
 from lmscale.models.context import Context
 from lmscale.models.layers import LAYERS
@@ -49,26 +50,38 @@ def _local(config: Config) -> ModelConfig:
 GPU_ONLY = ('pallas_triton', 'pallas_mosaic', 'cudnn')
 
 
-def check_kernels(config: Config, backend: str | None = None) -> None:
-  """Asks the layers, on shapes alone, whether the kernels that the config names can do it.
+def check_kernels(config: Config, backend: str | None = None) -> list[Choice]:
+  """Asks the layers, on shapes alone, which kernels they take, in training and for one token, and whether those that are named can do it.
 
   backend: where the kernels are to run (jax.default_backend()); None: not here.
 
   Raises:
     ConfigError: they cannot, and why.
   """
-  for kind in set(config.model.layers):
-    section = LAYERS[kind].section
-    field, name = f'model.{section}.implementation', getattr(getattr(config.model, section), 'implementation', None)
-    if name is None:
-      continue  # a kind without a kernel
-    if name in GPU_ONLY and backend not in (None, 'gpu'):
-      raise ConfigError(f'{field}: {name} runs on an NVIDIA GPU, and the devices here are of kind {backend!r}; set auto')
-    try:
-      shapes = _shapes(config.model, kind, config.train.seq_len, config.train.compute_dtype)
-      jax.eval_shape(functools.partial(_derivative, config.model, kind, False), *shapes)
-    except ValueError as error:
-      raise ConfigError(f'{field}: {error}') from error
+  with recording() as chosen:
+    for kind in sorted(set(config.model.layers)):
+      _check_kernel(config, kind, backend)
+  return chosen
+
+
+def _check_kernel(config: Config, kind: str, backend: str | None) -> None:
+  section = LAYERS[kind].section
+  field, name = f'model.{section}.implementation', getattr(getattr(config.model, section), 'implementation', None)
+  if name is None:
+    return  # a kind without a kernel
+  if name in GPU_ONLY and backend not in (None, 'gpu'):
+    raise ConfigError(f'{field}: {name} runs on an NVIDIA GPU, and the devices here are of kind {backend!r}; set auto')
+  try:
+    dtype = config.train.compute_dtype
+    shapes = _shapes(config.model, kind, config.train.seq_len, dtype)
+    jax.eval_shape(functools.partial(_derivative, config.model, kind, False), *shapes)
+    jax.eval_shape(functools.partial(_one_token, config.model, kind), *_shapes(config.model, kind, 1, dtype)[:3])
+  except ValueError as error:
+    raise ConfigError(f'{field}: {error}') from error
+
+
+def _one_token(model: ModelConfig, kind: str, params: dict, x: jax.Array, positions: jax.Array) -> jax.Array:
+  return LAYERS[kind](model).apply({'params': params}, x, Context(positions), None)[0]
 
 
 def layer_working(config: Config, kind: str) -> int:

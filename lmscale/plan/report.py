@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmscale.config import Config, run_tokens
+from lmscale.kernels.choice import Choice
 from lmscale.models.flops import flops_per_token, flops_per_token_paper
 from lmscale.parallel.layout import zero_share
 from lmscale.plan.bounds import bounds_report
@@ -20,13 +21,13 @@ ENOUGH = 0.99  # of the parameters cut by ZeRO: what is left over is small
 NEAR = 8  # how far from mesh.data another size is looked for
 
 
-def make_report(config: Config, hardware: Sequence[Hardware] = ()) -> dict[str, Any]:
+def make_report(config: Config, hardware: Sequence[Hardware] = (), kernels: Sequence[Choice] = ()) -> dict[str, Any]:
   """Parameters, FLOPs and bytes of a config whose mesh.data is known. Allocates nothing; values are JSON-able.
 
   Keys that scripts rely on: parameters.total, parameters.by_kind, flops_per_token, flops_per_token_paper,
   bytes_per_device.{parameters, gradients, optimizer, activations, total}, and with mesh.pipe > 1 those of `pipeline_report`
   under pipeline. zero_share: of the parameters, cut over `data`. traffic: see `step_traffic`. bounds: of a step on each `hardware`, see
-  `bounds_report`; none for a config that does not compute in bfloat16, in which their peaks are.
+  `bounds_report`; none for a config that does not compute in bfloat16, in which their peaks are. kernels: those that were chosen.
   """
   kinds = parameters_by_kind(config.model)
   train, seq_len = config.train, config.train.seq_len
@@ -50,6 +51,7 @@ def make_report(config: Config, hardware: Sequence[Hardware] = ()) -> dict[str, 
     'zero_share': zero_share(config),
     'zero_advice': zero_advice(config),
     'flops_executed_per_token': executed_flops(config),
+    'kernels': [choice._asdict() for choice in kernels],
     'bytes_per_device': used,
     'traffic': traffic,
     'bounds': [bounds_report(config, of, used['total'], traffic, pipeline.get('bubble_flops', 0.0)) for of in named],
@@ -82,6 +84,7 @@ def format_report(report: dict[str, Any]) -> str:
     ('FLOPs of the run', f'{report["flops"]:.3g}', ''),
     ('devices', f'{report["devices"]:,}', _mesh_text(mesh)),
     *([('  cut by ZeRO', f'{report["zero_share"]:.1%}', report['zero_advice'])] if mesh['zero'] and mesh['data'] > 1 else []),
+    *_kernel_rows(report['kernels']),
     ('bytes per device', '', 'estimate; the fullest device'),
   ]
   rows += [(f'  {group}', size(n), '') for group, n in report['bytes_per_device'].items()]
@@ -96,6 +99,12 @@ def format_report(report: dict[str, Any]) -> str:
   lines = [head, *(f'{a:<{left}}  {b:>{middle}}  {c}'.rstrip() for a, b, c in rows)]
   advice = [f'This does not fit. {report["advice"]}'] if 'advice' in report else []
   return '\n'.join([*lines, *advice, *(['', *pipeline['picture']] if pipeline else [])])
+
+
+def _kernel_rows(kernels: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+  """What runs the operations, and of what would come first why it does not."""
+  rows = [('kernels' * (not i), k['name'], k['op'].replace('_', ' ') + ', as named' * k['named']) for i, k in enumerate(kernels)]
+  return rows + [('', '', f'not {name}: {why}') for k in kernels for name, why in k['passed_over']]
 
 
 def _pipeline_rows(pipeline: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from lmscale import config as config_lib
+from lmscale.cache_root import cache_root
 from lmscale.data import atomic_folder
 
 
@@ -155,7 +156,7 @@ def test_a_damaged_folder_is_told(tmp_path, caplog):
 
 def test_cache_root_order(monkeypatch):
   monkeypatch.delenv('LMSCALE_CACHE', raising=False)
-  assert atomic_folder.cache_root() == pathlib.Path.home() / '.cache' / 'lmscale'
+  assert cache_root() == pathlib.Path.home() / '.cache' / 'lmscale'
   monkeypatch.setenv('LMSCALE_CACHE', '/elsewhere')
-  assert atomic_folder.cache_root() == pathlib.Path('/elsewhere')
-  assert atomic_folder.cache_root('~/mine') == pathlib.Path.home() / 'mine'
+  assert cache_root() == pathlib.Path('/elsewhere')
+  assert cache_root('~/mine') == pathlib.Path.home() / 'mine'

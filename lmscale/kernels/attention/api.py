@@ -40,7 +40,7 @@ def attention(
     q_first: [b, t]: the first position that a query sees, where its document begins in a cache; None: no bound.
     implementation: 'xla' (any device and dtype, memory in proportion to s times a few hundred queries) or 'cudnn'
       (NVIDIA, 16 bits, rows without a cache; packed documents by a mask of [b, t, s]). None chooses: 'cudnn' on an
-      NVIDIA GPU for rows of one document where it can, else 'xla'.
+      NVIDIA GPU for rows of one document where it can and has proved itself (`proof`), else 'xla'.
 
   Returns:
     [b, t, h, d] in q.dtype; scores, softmax and the sums of the gradients are in promote_types(float32, q.dtype).
@@ -63,7 +63,7 @@ def attention(
   preferred = ('cudnn', 'xla') if q_segments is None and choice.nvidia() else ('xla',)
   name = choice.choose(
     'attention', implementation, tuple(IMPLEMENTATIONS), preferred,
-    lambda name: cudnn.unsupported(*arguments) if name == 'cudnn' else None,
+    lambda name: cudnn.unsupported(*arguments) if name == 'cudnn' else None, q.dtype,
   )  # fmt: skip
   out = IMPLEMENTATIONS[name](*arguments)
   return out if q_segments is None else _real(out, q_segments)  # the gradient at padding is 0 from here on

@@ -51,7 +51,8 @@ def selective_scan(
     chunk: tokens between the states that are kept for the backward pass, which changes memory and speed and not the
       result; any length l is allowed. None chooses; 'scan' keeps every state in any case.
     implementation: 'scan' (one token at a time, the oracle), 'xla' (chunked) or 'pallas_triton' (an NVIDIA GPU
-      kernel). None chooses: 'scan' for one token, else 'pallas_triton' on an NVIDIA GPU where it can, else 'xla'.
+      kernel). None chooses: 'scan' for one token, else 'pallas_triton' on an NVIDIA GPU where it can and has proved
+      itself (`proof`), else 'xla'.
     deterministic: False lets the backward pass of 'pallas_triton' sum in any order, which is faster; the others are
       deterministic in any case.
     interpret: run 'pallas_triton' on the CPU, slowly, for tests.
@@ -89,7 +90,7 @@ def _choose(x, B, chunk, name, deterministic, interpret):
     return _pallas_triton().unsupported(x, B, chunk) if name == 'pallas_triton' else None
 
   preferred = ('scan',) if x.shape[1] == 1 else ('pallas_triton', 'xla') if choice.nvidia() else ('xla',)
-  name = choice.choose('selective_scan', name, IMPLEMENTATIONS, preferred, unsupported, interpret)
+  name = choice.choose('selective_scan', name, IMPLEMENTATIONS, preferred, unsupported, x.dtype, interpret)
   if name == 'scan':
     return scan.selective_scan_scan
   if name == 'xla':

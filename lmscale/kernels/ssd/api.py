@@ -18,8 +18,6 @@ from lmscale.kernels.ssd_update import ssd_update
 
 IMPLEMENTATIONS = ('scan', 'xla', 'pallas_triton', 'pallas_mosaic')
 PALLAS_CHUNK = 64  # tokens per chunk of both Pallas kernels: their state stays on chip, so more would only add matmuls
-# An entry goes when the acceptance suite has passed with it on a GPU.
-UNCHECKED = {'pallas_mosaic': 'its numerics were not yet checked on a GPU'}
 
 
 def ssd(
@@ -56,9 +54,9 @@ def ssd(
       once it has changed.
     chunk: tokens handled at a time, which changes the speed and not the result; any length l is allowed. None
       chooses per implementation and platform; 'scan' takes one token at a time in any case.
-    implementation: 'scan' (one token at a time, the oracle), 'xla' (chunked) or 'pallas_triton' (an NVIDIA GPU
-      kernel). 'pallas_mosaic' is refused until its numerics were checked on a GPU. None chooses: 'pallas_triton' for
-      16-bit x on an NVIDIA GPU where it can do the shapes, else 'xla'.
+    implementation: 'scan' (one token at a time, the oracle), 'xla' (chunked), 'pallas_triton' (an NVIDIA GPU kernel) or
+      'pallas_mosaic' (one for Hopper). None chooses: for 16-bit x on an NVIDIA GPU the faster of the kernels that can do
+      the shapes and have proved themselves there (`proof`), else 'xla'.
     deterministic: False lets the backward pass of a Pallas kernel sum in any order, which is faster; the others are
       deterministic in any case.
     interpret: run 'pallas_triton' on the CPU, slowly, for tests.
@@ -98,11 +96,11 @@ def _choose(x, B, chunk, name, deterministic, interpret):
   def unsupported(name):
     if not name.startswith('pallas'):
       return None
-    return UNCHECKED.get(name) or _load(name).unsupported(x, B, chunk or PALLAS_CHUNK)
+    return _load(name).unsupported(x, B, chunk or PALLAS_CHUNK)
 
   # float32 stays out: on a GPU the kernel multiplies it as three TF32 products, which nobody has measured yet.
-  preferred = ('pallas_triton', 'xla') if x.dtype.itemsize == 2 and choice.nvidia() else ('xla',)
-  name = choice.choose('ssd', name, IMPLEMENTATIONS, preferred, unsupported, interpret)
+  preferred = ('pallas_triton', 'pallas_mosaic', 'xla') if x.dtype.itemsize == 2 and choice.nvidia() else ('xla',)
+  name = choice.choose('ssd', name, IMPLEMENTATIONS, preferred, unsupported, x.dtype, interpret)
   if name == 'scan':
     return scan.ssd_scan, 1
   if name == 'xla':

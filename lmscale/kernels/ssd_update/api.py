@@ -39,7 +39,7 @@ def ssd_update(
     slots: [b] int32, the row of the pool that belongs to each row of x, none twice. The pool's other rows stay as
       they are, to the bit. A slot outside the pool marks an idle row: it starts from zero and nothing is stored.
     implementation: 'xla', or 'pallas_triton' (one NVIDIA GPU kernel, in place). None chooses: 'pallas_triton' on an
-      NVIDIA GPU where it can do the dtypes, else 'xla'.
+      NVIDIA GPU where it can do the dtypes and has proved itself (`proof`), else 'xla'.
     interpret: run 'pallas_triton' on the CPU, slowly, for tests.
 
   Returns:
@@ -59,7 +59,7 @@ def _choose(state, x, name, interpret):
     return _pallas().unsupported(state, x) if name == 'pallas_triton' else None
 
   preferred = ('pallas_triton', 'xla') if choice.nvidia() else ('xla',)
-  if choice.choose('ssd_update', name, IMPLEMENTATIONS, preferred, unsupported, interpret) == 'xla':
+  if choice.choose('ssd_update', name, IMPLEMENTATIONS, preferred, unsupported, x.dtype, interpret) == 'xla':
     return ssd_update_xla
   return functools.partial(_pallas().ssd_update_pallas_triton, interpret=interpret)
 
