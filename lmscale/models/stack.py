@@ -3,6 +3,7 @@
 `unrolled` is the same code with every run of one row.
 """
 
+import dataclasses
 import functools
 from typing import Any
 

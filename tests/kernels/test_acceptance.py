@@ -98,12 +98,6 @@ CHUNKED = ('xla', 'pallas_triton', 'pallas_mosaic')
 EVERY = ('scan', *CHUNKED)
 
 
-@pytest.fixture(autouse=True)
-def unlock(monkeypatch):
-  """What waits for this suite to pass on a GPU has to run in it."""
-  monkeypatch.setattr(api, 'UNCHECKED', {})
-
-
 def make(case, dtype='float32', seed=0, D='head', z=False, state=True):
   """Random arguments: dt log-uniform in 0.005..0.5, A in -8..-1; x, B, C, z in `dtype`, the rest in float32."""
   rng = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.test_util import check_grads
 
+from lmscale.kernels import proof
 from lmscale.kernels.attention import api, attention, xla
 
 SEGMENTS = np.array([[1, 1, 1, 2, 3, 3, 0], [5, 5, 0, 5, 6, 6, 6]])
@@ -314,6 +315,7 @@ def test_the_choice(monkeypatch, cudnn_by_xla):
   arguments = make(4, 2, t=8, s=8, d=8, dtype=np.float16)
   assert calls(arguments) == 0
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(proof, 'verdict', lambda op, name, dtype: proof.Verdict(''))
   gpu = types.SimpleNamespace(device_kind='NVIDIA H200', compute_capability='9.0')
   monkeypatch.setattr(jax, 'devices', lambda: [gpu])
   assert calls(arguments) == 1

@@ -77,7 +77,7 @@ def test_a_wrong_kernel_is_found_with_its_head(what, message, monkeypatch):
 def test_a_kernel_that_leaks_between_documents_is_found(monkeypatch):
   real = pallas_triton.selective_scan_pallas_triton
   monkeypatch.setattr(pallas_triton, 'selective_scan_pallas_triton', lambda *args, **options: real(*args[:-1], None, **options))
-  assert prove('selective_scan').why_not.startswith('packed rows: y of head 0')
+  assert prove('selective_scan').why_not.startswith('packed rows: state of head 0')
 
 
 def test_nan_is_no_proof(monkeypatch):

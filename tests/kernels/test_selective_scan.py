@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmscale.kernels import proof
 from lmscale.kernels.selective_scan import api, pallas_triton, scan, selective_scan, xla
 
 # Two rows: padding at the end, and leading, inner and trailing padding with skipped ids.
@@ -367,6 +368,7 @@ def test_the_choice(monkeypatch):
   assert choice().func is xla.selective_scan_xla
   assert choice(x[:, :1]) is scan.selective_scan_scan
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(proof, 'verdict', lambda op, name, dtype: proof.Verdict(''))
   monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(device_kind='NVIDIA H200')])
   assert choice().func is pallas_triton.selective_scan_pallas_triton
   with jax.enable_x64(True):

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmscale.kernels import choice
+from lmscale.kernels import choice, proof
 from lmscale.kernels.ssd import api, ssd, xla
 
 # Two rows: padding at the end, and leading, inner and trailing padding with skipped ids.
@@ -333,6 +333,7 @@ def test_none_picks_the_gpu_kernel_where_it_can(monkeypatch):
 
   assert chosen(x) == ('ssd_xla', xla.default_chunk())
   monkeypatch.setattr(choice, 'nvidia', lambda: True)
+  monkeypatch.setattr(proof, 'verdict', lambda op, name, dtype: proof.Verdict(''))
   half = x.astype(jnp.bfloat16)
   assert chosen(half) == ('ssd_pallas_triton', api.PALLAS_CHUNK)
   assert chosen(x) == ('ssd_xla', xla.default_chunk())  # float32 means float32

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec
 from kernels import mosaic_emulator, oracle
 from kernels.heads import assert_heads_close
 
-from lmscale.kernels.ssd import ssd
+from lmscale.kernels import choice, proof
+from lmscale.kernels.ssd import api
 from lmscale.kernels.ssd.mosaic import entry, outer
 from lmscale.kernels.ssd.scan import ssd_scan
 from lmscale.kernels.ssd.xla import ssd_xla
@@ -140,11 +141,14 @@ def test_says_what_it_cannot_do(change, reason):
       entry.ssd_pallas_mosaic(x, None, None, B, B, None, None, None, size['chunk'])
 
 
-def test_is_refused_until_it_ran_on_a_gpu():
+def test_is_chosen_where_it_proved_itself_and_is_faster(monkeypatch):
   inputs = functools.partial(_inputs, 1, 64, 2, 1, 64, dtype=jnp.bfloat16)
-  (x, dt, A, B, C, D, _), _ = jax.eval_shape(inputs)
-  with pytest.raises(ValueError, match="'pallas_mosaic' cannot do this: its numerics were not yet checked"):
-    ssd(x, dt, A, B, C, D=D, implementation='pallas_mosaic')
+  (x, _, _, B, _, _, _), _ = jax.eval_shape(inputs)
+  monkeypatch.setattr(choice, 'nvidia', lambda: True)
+  for verdict, best in ((proof.Verdict('', 0.1, 0.5), 'ssd_pallas_mosaic'), (proof.Verdict('y is off', 2.0), 'ssd_pallas_triton')):
+    known = {'pallas_mosaic': verdict, 'pallas_triton': proof.Verdict('', 0.1, 1.0)}
+    monkeypatch.setattr(proof, 'verdict', lambda op, name, dtype, known=known: known[name])
+    assert api._choose(x, B, None, None, True, False)[0].func.__name__ == best
 
 
 def test_heads_are_split_evenly_until_the_gpu_is_full():
@@ -155,7 +159,7 @@ def test_heads_are_split_evenly_until_the_gpu_is_full():
       assert heads % split(heads, programs) == 0
 
 
-# On a GPU. When these pass on a Hopper GPU, the entry of pallas_mosaic in api.UNCHECKED can go -------------------
+# On a GPU ---------------------------------------------------------------------------------------------------------
 
 
 def _hopper():

@@ -65,7 +65,7 @@ def test_half_the_bytes_in_bfloat16_except_for_accumulators():
 @pytest.mark.parametrize(
   'model,backend,message',
   [
-    ({'mamba2': {'implementation': 'pallas_mosaic'}}, None, r'model.mamba2.implementation: ssd: .* not yet checked'),
+    ({'mamba2': {'implementation': 'pallas_mosaic'}}, None, r'model.mamba2.implementation: ssd: .* wgmma takes bfloat16'),
     ({'mamba2': {'implementation': 'pallas_triton'}}, 'cpu', "runs on an NVIDIA GPU, and the devices here are of kind 'cpu'"),
     ({'mamba2': {'implementation': 'pallas_triton', 'head_dim': 256}}, None, 'ssd: .* head_dim 256'),
   ],
