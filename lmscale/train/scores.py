@@ -18,8 +18,8 @@ from typing import Any
 
 from lmscale import config as config_lib
 from lmscale import processes
+from lmscale.cache_root import cache_root
 from lmscale.config import Config
-from lmscale.data.atomic_folder import cache_root
 from lmscale.data.tokenizer import Tokenizer
 from lmscale.errors import ConfigError
 from lmscale.eval import evaluate
