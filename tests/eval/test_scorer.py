@@ -66,10 +66,11 @@ def test_continuations_equal_one_pass(arch):
 
 
 def test_eight_devices_say_the_same():
-  asked = [Continuation(*pair) for pair in PAIRS]
-  alone = scorer().continuations(asked)
-  for found, want in zip(scorer(mesh=MeshConfig(1, 2, 2, 3)).continuations(asked), alone, strict=True):
+  asked, written = [Continuation(*pair) for pair in PAIRS], [Writing('the cat ', (), 3), Writing('to be', (), 3)]
+  alone, sharded = scorer(), scorer(mesh=MeshConfig(1, 4, 2, 3))
+  for found, want in zip(sharded.continuations(asked), alone.continuations(asked), strict=True):
     assert found.logp == pytest.approx(want.logp, rel=1e-6) and found[1:] == want[1:]
+  assert sharded.write(written) == alone.write(written)
 
 
 def test_how_texts_become_tokens():
