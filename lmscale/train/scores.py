@@ -106,7 +106,7 @@ class Schedule:
       evaluate.prepare(name, tokenizer, self._options)
 
   def score(self, program: Any, state: Any, path: pathlib.Path, between: Callable[[], None], say: Say) -> None:
-    """Scores a state, after `step` steps, on the tasks on which it is not scored yet. between: see `Scorer`; what it raises ends this.
+    """Scores a state on the tasks on which it is not scored yet. between: see `Scorer`; what it raises ends this.
 
     path: RUN/eval/<step>. One task's questions are in memory at a time.
     """
@@ -116,6 +116,7 @@ class Schedule:
     if not missing:
       return
     between()
+    say(f'step {path.name}: scoring {", ".join(missing)}')
     with program.scorer(state, self._tokenizer, self._options.context, between) as model:
       for name in missing:
         scores.take(name, model, self._ask(name), say)
