@@ -179,13 +179,14 @@ def test_what_cannot_be_scored_is_found_before_a_step(fields, message):
     Schedule(with_fields(CONFIG, EVERY | fields), FakeTokenizer())
 
 
-MODEL = tiny.change(tiny.MODEL, pattern='M*', vocab=264)
+PIPE = MeshConfig(2, 2, 2, 2)
 
 
 def train(folder, mesh, every):
   """(folder, losses) of a run of a real model."""
-  config = tiny.change(tiny.config(mesh, MODEL, steps=3, remat='none'), generate=GenerateConfig(batch=4, prefill_chunk=64))
-  tasks = EvalConfig(every, ('text', 'phonebook'), str(folder), (256,), samples=2)
+  model = tiny.change(tiny.MODEL, pattern='M*' if mesh == PIPE else '*-', vocab=264)
+  config = tiny.change(tiny.config(mesh, model, steps=3, remat='none'), generate=GenerateConfig(batch=8, prefill_chunk=64))
+  tasks = EvalConfig(every, ('text', 'phonebook') if mesh == PIPE else ('text',), str(folder), (256,), samples=2)
   config = with_fields(tiny.change(config, eval=tasks), {'loop.checkpoint_every': 3, 'loop.eval_every': 0, 'optimizer.warmup_tokens': 0})
   rows = Rows(vocab=264)
   rows.identity = {'tokenizer': ByteTokenizer.identity}
@@ -197,7 +198,7 @@ def train(folder, mesh, every):
   return path, [line['loss'] for line in lines(path)]
 
 
-@pytest.mark.parametrize('mesh', [tiny.ONE, pytest.param(MeshConfig(2, 2, 2, 2), marks=pytest.mark.scale)], ids=['one', 'pipe'])
+@pytest.mark.parametrize('mesh', [tiny.ONE, pytest.param(PIPE, marks=pytest.mark.scale)], ids=['one', 'pipe'])
 def test_a_run_s_scores_are_those_of_the_job_and_change_nothing_else(tmp_path, mesh):
   (tmp_path / 'text.jsonl').write_text(''.join(json.dumps({'text': f'{i} to be or not to be. ' * 12}) + '\n' for i in range(2)))
   path, losses = train(tmp_path, mesh, 2)
