@@ -1,5 +1,6 @@
 """Prompts in, tokens out: what a training run's samples, the job `generate`, evaluation and the tools share."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from lmscale.generate.choose import Sampling
 from lmscale.generate.engine import IDLE, STATE, Engine
 from lmscale.generate.ragged import chunks
 
+AHEAD = 4  # steps that are dispatched and not read: those that a batch runs too many when its rows stop
 ROOM = 256  # tokens by which a cache grows at least, so that programs are used again
 
 Watch = Callable[[int, int], bool]  # (index of the prompt, token) -> whether to stop there
@@ -70,22 +72,24 @@ class _Batch:
     self._live = np.arange(rows) < len(prompts)
 
   def run(self) -> Iterator[Drawn]:
-    """A step is read after the next one is dispatched, so that the devices do not wait for the host."""
+    """Steps are read some steps after they were dispatched, so that the devices do not wait for the host."""
     caches, state = self.prefill()
     options, engine = self._options, self._engine
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    seed, live, unread = engine.put(np.uint32(self._seed % 2**32), whole=True), engine.put(self._live), None
+    seed, live = engine.put(np.uint32(self._seed % 2**32), whole=True), engine.put(self._live)
+    unread: collections.deque = collections.deque()
     for number in range(options.tokens):
       chosen, state, caches = engine.step(caches, state, live, seed, sampling, self._ids)
-      if unread is not None:
+      unread.append((chosen, number))
+      if len(unread) > AHEAD:
         before = self._live.copy()
-        yield from self.read(unread, number - 1)
+        yield from self.read(*unread.popleft())
         if not self._live.any():
           return
         if (before != self._live).any():
           live = engine.put(self._live)
-      unread = chosen
-    yield from self.read(unread, options.tokens - 1)
+    for chosen, number in unread:
+      yield from self.read(chosen, number)
 
   def prefill(self) -> tuple:
     """Reads all but each prompt's last token, which the first step reads."""

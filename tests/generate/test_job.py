@@ -15,6 +15,7 @@ from lmscale.data.tokenizer import ByteTokenizer
 from lmscale.generate.generator import Generator, collect
 from lmscale.jobs import generate as job
 from lmscale.models import model
+from lmscale.train.console import printable
 from lmscale.train.model_folder import write_model
 from lmscale.train.streamed import Pending
 
@@ -78,15 +79,18 @@ def test_lines_in_lines_out(folder, engines, tmp_path, capsys):
   assert sum(leaf.nbytes for leaf in jax.live_arrays()) - before < 1.2 * whole + engine.cache_bytes(8, 256)
 
 
-def test_text_as_it_is_made(folder, capsys, monkeypatch):
+def test_text_as_it_is_made(folder, capsys, tmp_path):
   """Of several prompts one after the other, with headings; a stop string ends one."""
   assert command(folder, '--prompt=a') == 0
   shown, error = capsys.readouterr()
   assert shown.startswith('a') and shown.endswith('\n') and '===' not in shown
   assert 'at step 3' in error and '1 prompt, ' in error
-  stop = shown.rstrip('\n')[3]
+  assert command(folder, '--prompt=a', f'--out={tmp_path / "o.jsonl"}') == 0
+  text = json.loads((tmp_path / 'o.jsonl').read_text())['text']
+  assert shown == printable('a' + text) + '\n'
+  stop = text[3]
   assert command(folder, '--prompt=a', f'--config.generate.stop={json.dumps([stop])}') == 0
-  assert capsys.readouterr().out == shown[: shown.index(stop, 1)] + '\n'
+  assert capsys.readouterr().out == printable('a' + text[: text.index(stop)]) + '\n'
   assert command(folder, f'--prompts={folder / "p.jsonl"}') == 0
   several = capsys.readouterr().out
   assert several.startswith(f'=== prompt 1 of 4\n{shown}=== prompt 2 of 4\n')
