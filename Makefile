@@ -51,8 +51,8 @@ test-scale: install  ## run the proofs of scale: every layout of the mesh, and w
 test-gpu: install  ## run the tests that need an NVIDIA GPU (install the cuda extra first)
 	@JAX_PLATFORMS=cuda $(pytest) -n 0 -m gpu
 
-extras: install  ## check that the extras for GPU, TPU and more data resolve; asks the package index, installs nothing
-	@for extra in cuda tpu data; do \
+extras: install  ## check that the extras for GPU, TPU, more data and evaluation resolve; asks the package index, installs nothing
+	@for extra in cuda tpu data eval; do \
 	  .venv/bin/python $(pip) install --dry-run -c $(pins) --no-build-isolation -e ".[$$extra]" && echo "$$extra: resolves" || exit 1; \
 	done
 

@@ -100,9 +100,10 @@ class Schedule:
 
   def __init__(self, config: Config, tokenizer: Tokenizer):
     self._config, self._tokenizer = config, tokenizer
-    self._options = find_options(config, config.eval.tasks)
-    evaluate.check_tasks(config.eval.tasks, 'eval.tasks')
-    for name in config.eval.tasks:
+    self._names = list(dict.fromkeys(config.eval.tasks))
+    evaluate.check_tasks(self._names, 'eval.tasks')
+    self._options = find_options(config, self._names)
+    for name in self._names:
       evaluate.prepare(name, tokenizer, self._options)
 
   def score(self, program: Any, state: Any, path: pathlib.Path, between: Callable[[], None], say: Say) -> None:
@@ -111,7 +112,7 @@ class Schedule:
     path: RUN/eval/<step>. One task's questions are in memory at a time.
     """
     scores = Scores(path, program.fingerprint(state), self._config, self._options)
-    missing = [name for name in self._config.eval.tasks if processes.is_first() and scores.missing(name, self._ask(name))]
+    missing = [name for name in self._names if processes.is_first() and scores.missing(name, self._ask(name))]
     missing = processes.share(f'tasks of {path.name}', missing)
     if not missing:
       return
