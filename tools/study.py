@@ -27,6 +27,7 @@ from collections.abc import Iterable
 import study_page
 from study_results import Arm, Plan, StudyError, check_recipe, is_scored, is_trained, validation_loss
 
+from lmscale.errors import ConfigError
 from lmscale.exit_codes import AGAIN, DIVERGED, DONE, USER_ERROR
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -145,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--page', type=pathlib.Path, default=ROOT / 'docs' / 'study.md', help='whose tables are written, pictures beside it')
   parser.add_argument('--jobs', type=int, default=min(2, os.cpu_count() or 1), help='runs at a time (default: %(default)s)')
   parser.add_argument('--size', choices=PLANS, default='small')
+  parser.add_argument('--prepare', action='store_true', help='only make the tokenizer')
   parser.add_argument('--draw', action='store_true', help='only draw and write the tables')
   parser.add_argument('--list', action='store_true', help='only say what is done')
   flags = parser.parse_args(argv)
@@ -159,9 +161,12 @@ def main(argv: list[str] | None = None) -> int:
     if not flags.draw:
       plan.folder.mkdir(parents=True, exist_ok=True)
       prepare(plan)
+    if flags.prepare:
+      return DONE
+    if not flags.draw:
       study(plan, flags.jobs)
     print('\n'.join(map(str, study_page.write(plan, flags.page))))
-  except (StudyError, OSError) as error:
+  except (StudyError, ConfigError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return USER_ERROR
   except (Stopped, KeyboardInterrupt):

@@ -8,6 +8,7 @@ from typing import Any
 
 from study_results import Estimate, Plan, Results, StudyError, read_results, validation_loss
 
+from lmscale.config import Config
 from lmscale.data.synthetic.example import Material
 from lmscale.data.synthetic.tasks import make_example
 from lmscale.data.tokenizer import get_tokenizer
@@ -16,6 +17,8 @@ from lmscale.eval.plots import COLOURS, save
 PLACE = re.compile(r'(<!-- study: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)  # what is between is written here
 SHOWN = {'attention0': 'attention 0 %', 'attention50': 'attention 50 %', 'mlp0': 'MLP 0 %', 'rope': 'hybrid with RoPE'}
 ENTRIES_OF = 20  # books whose entries are counted
+COLOUR = {name: i for i, name in enumerate(('transformer', 'mamba', 'mamba2', 'hybrid', 'rope'))}
+Entries = dict[str, dict[int, float]]
 
 
 def write(plan: Plan, page: pathlib.Path) -> list[pathlib.Path]:
@@ -34,17 +37,29 @@ def write(plan: Plan, page: pathlib.Path) -> list[pathlib.Path]:
   return [page, *pictures]
 
 
-def entries_of(plan: Plan, results: Results) -> dict[int, float]:
-  """{length in tokens: entries of a phone book of that length, on average}."""
-  tokenizer = get_tokenizer(results.config.data.tokenizer)
+def entries_of(plan: Plan, results: Results) -> Entries:
+  """{task: {length in tokens: entries of its phone book of that length, on average}}."""
+  name = results.config.data.tokenizer
+  tokenizer = get_tokenizer(name if name == 'bytes' else str(plan.recipe.parents[1] / name))
 
-  def entries(length: int, i: int) -> int:
-    return make_example('phonebook', 0, i, length, lambda text: len(tokenizer.encode(text)), Material()).facts['entries']
+  def entries(task: str, length: int, i: int) -> int:
+    return make_example(task, 0, i, length, lambda text: len(tokenizer.encode(text)), Material()).facts['entries']
 
-  return {length: sum(entries(length, i) for i in range(ENTRIES_OF)) / ENTRIES_OF for length in plan.asked.lengths}
+  return {task: {n: sum(entries(task, n, i) for i in range(ENTRIES_OF)) / ENTRIES_OF for n in plan.asked.lengths} for task in plan.asked.tasks}
 
 
-def parts(plan: Plan, results: dict[str, Results], entries: dict[int, float]) -> dict[str, str]:
+def entries_trained(config: Config) -> int:
+  """Of the longest phone book that was trained."""
+  found = [0]
+  for source in config.data.sources:
+    task, _, rest = source.path.partition(':')
+    if source.kind == 'synthetic' and task.startswith('phonebook'):
+      size = int(rest.partition(':')[0].rpartition('-')[2])
+      found += [make_example(task, 0, i, size, lambda text: len(text.encode()), Material()).facts['entries'] for i in range(ENTRIES_OF)]
+  return max(found)
+
+
+def parts(plan: Plan, results: dict[str, Results], entries: Entries) -> dict[str, str]:
   """{place in the page: Markdown}."""
   four, asked = list(plan.architectures), plan.asked
   found = {
@@ -83,8 +98,8 @@ def _rates(plan: Plan) -> str:
   return _markdown(['', *rates], [[name, *(f'{_loss_at(plan, name, rate):.4f}' for rate in rates)] for name in plan.architectures])
 
 
-def _by_entries(plan: Plan, results: dict[str, Results], names: Sequence[str], of: str, task: str, entries: dict[int, float]) -> str:
-  head = ['entries (tokens)', *(f'{entries[n]:.0f} ({n})' for n in plan.asked.lengths)]
+def _by_entries(plan: Plan, results: dict[str, Results], names: Sequence[str], of: str, task: str, entries: Entries) -> str:
+  head = ['entries (tokens)', *(f'{entries[task][n]:.0f} ({n})' for n in plan.asked.lengths)]
   return _markdown(head, [[SHOWN.get(name, name), *(str(getattr(results[name], of)[task][n]) for n in plan.asked.lengths)] for name in names])
 
 
@@ -100,7 +115,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---'] * len(head), *rows])
 
 
-def draw(plan: Plan, results: dict[str, Results], entries: dict[int, float], folder: pathlib.Path) -> list[pathlib.Path]:
+def draw(plan: Plan, results: dict[str, Results], entries: Entries, folder: pathlib.Path) -> list[pathlib.Path]:
   """The pictures, each point a mean over seeds with its standard error."""
   four = {name: results[name] for name in plan.architectures}
   pictures: dict[str, Callable[[Any], Any]] = {
@@ -109,7 +124,7 @@ def draw(plan: Plan, results: dict[str, Results], entries: dict[int, float], fol
   }
   if plan.variants:
     pictures |= {
-      'study_shares.svg': lambda pyplot: _shares(pyplot, plan, results),
+      'study_shares.svg': lambda pyplot: _shares(pyplot, plan, results, entries),
       'study_rope.svg': lambda pyplot: _books(pyplot, plan, {name: results[name] for name in ('hybrid', 'rope')}, entries),
     }
   for name, picture in pictures.items():
@@ -124,26 +139,25 @@ def _line(axes: Any, i: int, xs: Sequence[float], values: Sequence[Estimate], la
 
 def _losses(pyplot: Any, four: dict[str, Results]) -> Any:
   figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout='constrained')
-  for i, (name, r) in enumerate(four.items()):
+  for name, r in four.items():
     for axes, by in zip(panels, (1, r.flops), strict=True):
-      _line(axes, i, [tokens * by for tokens in r.losses], list(r.losses.values()), name)
+      _line(axes, COLOUR[name], [tokens * by for tokens in r.losses], list(r.losses.values()), name)
   panels[0].set(xlabel='tokens', ylabel='validation loss, nats per token')
   panels[1].set(xlabel='FLOPs')
   panels[1].legend(frameon=False)
   return figure
 
 
-def _books(pyplot: Any, plan: Plan, some: dict[str, Results], entries: dict[int, float]) -> Any:
-  """Accuracy against entries; a line where the training context ends."""
+def _books(pyplot: Any, plan: Plan, some: dict[str, Results], entries: Entries) -> Any:
+  """Accuracy against entries; a line at the longest book that was trained."""
   figure, panels = pyplot.subplots(1, len(plan.asked.tasks), figsize=(9, 3.4), sharey=True, layout='constrained')
-  ends = entries[trained] if (trained := next(iter(some.values())).config.train.seq_len) in entries else None
+  ends = entries_trained(next(iter(some.values())).config)
   for axes, task in zip(panels, plan.asked.tasks, strict=True):
-    for i, (name, r) in enumerate(some.items()):
-      _line(axes, i, [entries[n] for n in plan.asked.lengths], [r.accuracy[task][n] for n in plan.asked.lengths], SHOWN.get(name, name))
-    if ends:
-      axes.axvline(ends, color='#999999', linestyle=':', linewidth=1)
+    for name, r in some.items():
+      _line(axes, COLOUR[name], [entries[task][n] for n in plan.asked.lengths], [r.accuracy[task][n] for n in plan.asked.lengths], SHOWN.get(name, name))
+    axes.axvline(ends, color='#999999', linestyle=':', linewidth=1)
     axes.set(title=task, xlabel='entries', ylim=(-0.03, 1.03), xscale='log')
-    ticks = [round(entries[n]) for n in plan.asked.lengths]
+    ticks = [round(entries[task][n]) for n in plan.asked.lengths]
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
   panels[0].set_ylabel('numbers that are right')
@@ -151,17 +165,17 @@ def _books(pyplot: Any, plan: Plan, some: dict[str, Results], entries: dict[int,
   return figure
 
 
-def _shares(pyplot: Any, plan: Plan, results: dict[str, Results]) -> Any:
+def _shares(pyplot: Any, plan: Plan, results: dict[str, Results], entries: Entries) -> Any:
   """Loss and accuracy by the share of attention; loss and speed by the share of MLPs."""
   figure, panels = pyplot.subplots(1, 4, figsize=(12, 3), layout='constrained')
-  trained = results['hybrid'].config.train.seq_len
-  inside = max((n for n in plan.asked.lengths if n <= trained), default=plan.asked.lengths[0])
-  beyond = min((n for n in plan.asked.lengths if n > trained), default=plan.asked.lengths[-1])
+  trained = entries_trained(results['hybrid'].config)
+  inside = max((n for n in plan.asked.lengths if entries['phonebook'][n] <= trained), default=plan.asked.lengths[0])
+  beyond = min((n for n in plan.asked.lengths if entries['phonebook'][n] >= 2 * trained), default=plan.asked.lengths[-1])
   attention = [results[name] for name in ('attention0', 'hybrid', 'attention50')]
   share = [100 * r.config.model.layers.count('*') / len(r.config.model.layers) for r in attention]
   _line(panels[0], 0, share, [r.loss for r in attention], '')
   for i, n in enumerate(dict.fromkeys((inside, beyond))):
-    _line(panels[1], i, share, [r.accuracy['phonebook'][n] for r in attention], f'{n} tokens')
+    _line(panels[1], i, share, [r.accuracy['phonebook'][n] for r in attention], f'{entries["phonebook"][n]:.0f} entries')
   panels[1].legend(frameon=False)
   mlp = [results[name] for name in ('mlp0', 'hybrid')]
   share = [100 * r.config.model.layers.count('-') / len(r.config.model.layers) for r in mlp]

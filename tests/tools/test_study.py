@@ -23,16 +23,16 @@ def test_one_arm_of_a_few_steps(tmp_path, capsys, compiled):
   argv = ['--size=test', f'--runs={tmp_path / "runs"}', f'--page={tmp_path / "study.md"}', '--jobs=1']
   assert study.main(argv) == 0, capsys.readouterr().err
   out = capsys.readouterr().out
-  assert 'hybrid-3e-3-seed0: trained' in out and 'hybrid-3e-3-seed0: scored' in out
+  assert 'hybrid-4e-3-seed0: trained' in out and 'hybrid-4e-3-seed0: scored' in out
   page = (tmp_path / 'study.md').read_text()
   assert '| hybrid | `M*-` |' in page and '`phonebook_reversed`, share of the digits' in page
   assert {path.name for path in tmp_path.glob('*.svg')} == {'study_loss.svg', 'study_phonebook.svg'}
   assert study.main(argv) == 0  # everything is there
   assert 'trained in' not in capsys.readouterr().out
-  changed = tmp_path / 'runs' / 'hybrid-3e-3-seed0' / 'config.json'
-  changed.write_text(changed.read_text().replace('"learning_rate": 0.003', '"learning_rate": 0.004'))
+  changed = tmp_path / 'runs' / 'hybrid-4e-3-seed0' / 'config.json'
+  changed.write_text(changed.read_text().replace('"learning_rate": 0.004', '"learning_rate": 0.005'))
   assert study.main(argv) == 2
-  assert 'was made with another recipe (optimizer.learning_rate: 0.004 -> 0.003): move it away' in capsys.readouterr().err
+  assert 'was made with another recipe (optimizer.learning_rate: 0.005 -> 0.004): move it away' in capsys.readouterr().err
 
 
 PLAN = study_results.Plan('test', seeds=2, architectures=('transformer', 'hybrid'), variants=('attention0', 'attention50', 'mlp0', 'rope'), rates=2)
@@ -53,12 +53,12 @@ def made_up(plan, arm, loss, right):
 def test_means_errors_and_the_best_rate(tmp_path, monkeypatch):
   plan = dataclasses.replace(PLAN, folder=tmp_path / 'runs')
   for arm in plan.grid():  # the second rate is the better one for the hybrid alone
-    made_up(plan, arm, {'3e-3': 2.0, '1e-3': 1.5 if arm.architecture == 'hybrid' else 2.5}[arm.rate], 0.5)
-  with pytest.raises(study_results.StudyError, match='transformer-3e-3-seed1 is not trained'):
+    made_up(plan, arm, {'4e-3': 2.0, '2e-3': 1.5 if arm.architecture == 'hybrid' else 2.5}[arm.rate], 0.5)
+  with pytest.raises(study_results.StudyError, match='transformer-4e-3-seed1 is not trained'):
     study_page.write(plan, tmp_path / 'study.md')
   chosen = plan.chosen()
-  assert [arm.name for arm in chosen[:4]] == ['transformer-3e-3-seed0', 'transformer-3e-3-seed1', 'hybrid-1e-3-seed0', 'hybrid-1e-3-seed1']
-  assert {arm.rate for arm in chosen[4:]} == {'1e-3'}
+  assert [arm.name for arm in chosen[:4]] == ['transformer-4e-3-seed0', 'transformer-4e-3-seed1', 'hybrid-2e-3-seed0', 'hybrid-2e-3-seed1']
+  assert {arm.rate for arm in chosen[4:]} == {'2e-3'}
   for arm in chosen:
     if not arm.folder(plan).exists():
       made_up(plan, arm, 2.25, 1.0)
@@ -66,7 +66,7 @@ def test_means_errors_and_the_best_rate(tmp_path, monkeypatch):
   assert [file.name for file in files] == ['study.md', 'study_loss.svg', 'study_phonebook.svg', 'study_shares.svg', 'study_rope.svg']
   page = (tmp_path / 'study.md').read_text()
   hybrid = next(line for line in page.splitlines() if line.startswith('| hybrid | `M*-`'))
-  assert hybrid.endswith('| 1e-3 | 1.875 ± 0.375 | 128 ± 0 |')  # of 1.5 and 2.25, which are 0.75 apart
+  assert hybrid.endswith('| 2e-3 | 1.875 ± 0.375 | 128 ± 0 |')  # of 1.5 and 2.25, which are 0.75 apart
   assert '| transformer | 2.5000 | 2.0000 |' in page and '| hybrid | 0.750 ± 0.250 |' in page
   monkeypatch.setattr(study_page, 'draw', lambda *args: [])
   before = page.replace('0.750', '0.5')
@@ -81,7 +81,7 @@ def test_means_errors_and_the_best_rate(tmp_path, monkeypatch):
 def test_the_arms_have_equally_many_parameters():
   plan = study.PLANS['small']
   names = (*plan.architectures, *plan.variants)
-  counts = [study_results.parameter_count(study_results.Arm(name, '3e-3', 0).config(plan).model) for name in names]
+  counts = [study_results.parameter_count(study_results.Arm(name, '4e-3', 0).config(plan).model) for name in names]
   assert max(counts) <= 1.07 * min(counts)
 
 
