@@ -33,7 +33,7 @@ class Plan:
   seeds: int
   architectures: tuple[str, ...] = ('transformer', 'mamba', 'mamba2', 'hybrid')
   variants: tuple[str, ...] = ('attention0', 'attention50', 'mlp0', 'rope')
-  rates: int = 3
+  rates: int = 2
   folder: pathlib.Path = pathlib.Path()
   recipe: pathlib.Path = RECIPE
 
