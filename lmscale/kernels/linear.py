@@ -10,10 +10,22 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lmscale.kernels import choice
+
+
+def several_rows(m: jax.Array) -> jax.Array:
+  """[..., 1, in] with a row of zeros below it where that helps: XLA for GPUs makes of a matrix and one row a sum of products, which
+  it writes down in float32 and reads again, two to three times the bytes of the matrix."""
+  if m.shape[-2] > 1 or choice.backend() != 'gpu':
+    return m
+  return jnp.pad(m, ((0, 0),) * (m.ndim - 2) + ((0, 1), (0, 0)))
+
 
 @jax.custom_vjp
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """x @ kernel: [..., in], [in, out] -> [..., out], both of one dtype. Differentiable once, in reverse."""
+  if x.size == x.shape[-1]:
+    return (several_rows(x.reshape(1, -1)) @ kernel)[:1].reshape(*x.shape[:-1], -1)
   return x @ kernel
 
 
@@ -40,7 +52,7 @@ def projections(whole: Callable[[jax.Array], jax.Array], x: jax.Array, kernels: 
   (arXiv 2205.05198, section 4.2.2).
   """
   x = whole(x)
-  return [x @ kernel for kernel in kernels]
+  return [linear(x, kernel) for kernel in kernels]
 
 
 def _projections_forward(whole, x, kernels):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lmscale.kernels import choice
+from lmscale.kernels.linear import several_rows
 
 BEFORE, BEHIND = -1 << 30, 1 << 30  # places that no key and no query has
 
@@ -219,8 +220,9 @@ def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
   """bgrts,bsgd->bgrtd with v as the right-hand side, whose rows are read as they lie: einsum turns it round, which copies a cache."""
   b, g, r, t, s = weights.shape
   dims = ((3,), (2,)), ((0, 1), (0, 1))
-  out = jax.lax.dot_general(weights.reshape(b, g, r * t, s), jnp.swapaxes(v, 1, 2), dims, preferred_element_type=_acc(v))
-  return out.reshape(b, g, r, t, -1)
+  weights = several_rows(weights.reshape(b, g, r * t, s))
+  out = jax.lax.dot_general(weights, jnp.swapaxes(v, 1, 2), dims, preferred_element_type=_acc(v))
+  return out[:, :, : r * t].reshape(b, g, r, t, -1)
 
 
 def _least(dtype: Any) -> float:
