@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmscale.kernels.linear import linear
+from lmscale.kernels import choice
+from lmscale.kernels.linear import linear, projections, several_rows
 
 
 def both(function, dtype):
@@ -32,3 +33,14 @@ def test_the_gradient_contracts_tokens_as_one_axis():
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_dtypes_are_kept(dtype):
   assert {array.dtype for array in both(linear, dtype)} == {jnp.dtype(dtype)}
+
+
+def test_one_row_is_padded_on_a_gpu_and_changes_nothing(monkeypatch):
+  x, kernel = jax.random.normal(jax.random.key(0), (1, 1, 3)), jax.random.normal(jax.random.key(1), (3, 4))
+  plain = str(jax.make_jaxpr(linear)(x, kernel))
+  monkeypatch.setattr(choice, 'backend', lambda: 'gpu')
+  assert 'pad' in str(jax.make_jaxpr(linear)(x, kernel)) and 'pad' not in plain
+  np.testing.assert_allclose(linear(x, kernel), x @ kernel, rtol=1e-6)
+  for one, want in zip(projections(lambda m: m, x, (kernel, -kernel)), (x @ kernel, x @ -kernel), strict=True):
+    np.testing.assert_allclose(one, want, rtol=1e-6)
+  assert several_rows(jnp.zeros((2, 1, 3))).shape == (2, 2, 3) and several_rows(jnp.zeros((2, 3, 3))).shape == (2, 3, 3)
