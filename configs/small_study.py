@@ -87,7 +87,7 @@ def set_data(config: ml_collections.ConfigDict, size: str) -> None:
   """Lengths of made texts are in bytes; an entry of a phone book has 25 of them, or 10 tokens of the tokenizer."""
   config.data.tokenizer = TOKENIZER if size == 'small' else 'bytes'
   config.data.validation = 0.05 if size == 'small' else 0.2
-  documents = 25_000 if size == 'small' else 40
+  documents = 20_000 if size == 'small' else 40
   config.data.sources = (
     {'name': 'books', 'kind': 'synthetic', 'path': f'phonebook_all:230-320:{documents}', 'weight': 0.95},
     {'name': 'reversed', 'kind': 'synthetic', 'path': f'phonebook_reversed:340-400:{documents}', 'weight': 0.05},
