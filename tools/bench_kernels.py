@@ -141,6 +141,8 @@ def time_shape(op: str, shape: list, dtype: str, repeats: int, implementations: 
             refuse(name, reason)
   if op is OPS['ssd']:
     add_peers(candidates, refuse, shape, dtype)
+    with jax.default_matmul_precision('highest' if dtype == 'float32' else 'default'):
+      add_jla(candidates, refuse, shape, dtype, (inputs, dy))
   for part in PASSES:  # the two passes apart, so that short calls are not always preceded by long ones
     group = {key: candidate for key, candidate in candidates.items() if key[1] == part}
     for key, samples in measure(group, repeats, jax.default_backend() != 'cpu').items():
@@ -164,6 +166,23 @@ def add_peers(candidates: dict, refuse: object, shape: Shape, dtype: str) -> Non
       for part, candidate in peer_candidates(function, shape, dtype).items():
         candidates[name, part] = candidate
     except Refused as reason:
+      refuse(name, reason)
+
+
+def add_jla(candidates: dict, refuse: object, shape: Shape, dtype: str, arguments: tuple) -> None:
+  from bench_jla import jla_functions, jla_peers
+  from bench_peers import Refused
+  from bench_timing import jax_candidate
+
+  try:
+    found = jla_peers()
+  except Refused as reason:
+    return refuse('jax-linear-attention', reason)
+  for name, function in found.items():
+    try:
+      for part, timed in jla_functions(function, shape, dtype).items():
+        candidates[name, part] = jax_candidate(timed, *arguments[: 1 + (part != 'forward')])
+    except (Refused, ValueError) as reason:
       refuse(name, reason)
 
 

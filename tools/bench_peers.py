@@ -95,7 +95,7 @@ def worst_error(function: Callable, shape: Shape, dtype: str) -> float:
     y, gradients = jax.jit(make_functions(OPS['ssd'], shape, 'xla', True)['forward+backward'])(exact, dy)
   want = [y] + [gradients[name] for name in GRADIENTS]
   got = _passes(function, *to_torch(rounded, dtype))['forward+backward']()
-  return max(_relative(g.float().cpu().numpy(), np.asarray(w)) for g, w in zip(got, want, strict=True))
+  return max(relative(g.float().cpu().numpy(), np.asarray(w)) for g, w in zip(got, want, strict=True))
 
 
 def to_torch(inputs: dict[str, jax.Array], dtype: str) -> tuple[dict[str, Any], Any]:
@@ -136,5 +136,6 @@ def _memory(call: Callable) -> int:
   return torch.cuda.max_memory_allocated()
 
 
-def _relative(got: np.ndarray, want: np.ndarray) -> float:
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+  """Root mean square of the difference over that of `want`."""
   return float(np.sqrt(np.mean((got - want) ** 2.0) / np.mean(want**2.0)))

@@ -91,13 +91,13 @@ class Runs(NamedTuple):
   """How a computation runs: how often, in a loop or not, and whether in some turns only, which may be none: in a branch, or in a loop
   without a known end within another such loop."""
 
-  times: int = 1
+  times: float = 1
   in_loop: bool = False
   endless: bool = False
   sometimes: bool = False
 
 
-def count_runs(computations: dict[str, list[str]], unknown: int) -> dict[str, Runs]:
+def count_runs(computations: dict[str, list[str]], unknown: float) -> dict[str, Runs]:
   """Of each computation that is run. What is called from several places runs as often as all of them say."""
   calls = {name: [call for line in lines for call in _calls(line, computations)] for name, lines in computations.items()}
   called = {name for each in calls.values() for name, _, _ in each}

@@ -9,10 +9,10 @@ _SHAPE = re.compile(r'^(?:ROOT )?%?(?P<name>[\w.\-]+) = \(?\w+\[(?P<dims>[\d,]*)
 _DOT = re.compile(r' dot\((?:\S+\[[\d,]*\]\S* )?%?(?P<left>[\w.\-]+),.*?lhs_contracting_dims=\{(?P<contracted>[\d,]*)\}')
 
 
-def matmul_flops(text: str, unknown: int = 1) -> int:
+def matmul_flops(text: str, unknown: float = 1) -> float:
   """FLOPs of all products in `compiled.as_text()` on one device, a multiply-add being 2.
 
-  unknown: how often a loop runs whose end is not in the text.
+  unknown: how often a loop runs whose end is not in the text, on average.
   """
   computations = split_computations(text)
   runs = count_runs(computations, unknown)
