@@ -13,6 +13,7 @@ import functools
 import os
 import pathlib
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmscale.config import Config, ModelConfig, recipes
+from lmscale.kernels import choice
 from lmscale.kernels.attention.xla import default_chunk
 from lmscale.models import stack
 from lmscale.models.context import Context
@@ -38,7 +40,8 @@ from lmscale.plan.papers import block_activations
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 DTYPE = jnp.float16
-STATE_TOKENS = 256  # between two states that the SSD keeps in XLA
+STATE_TOKENS = 256  # between two states that the SSD keeps in XLA on accelerators
+ACCELERATOR = types.SimpleNamespace(platform='gpu', device_kind='any')  # whose sizes of blocks XLA's implementations take
 CHUNK = 64  # of the SSD: that of GPUs and of the FLOPs' formula; the CPU's own choice is smaller
 
 
@@ -140,7 +143,8 @@ def measure(case: Case, config: Config, parallel: bool, sequence: bool, remat: s
 
 def visited_blocks(seq_len: int) -> float:
   """Blocks of keys that attention in XLA visits for a chunk of queries of a causal row, on average: how often its inner loop runs."""
-  return (-(-seq_len // default_chunk()) + 1) / 2
+  with choice.tracing_for(ACCELERATOR):
+    return (-(-seq_len // default_chunk()) + 1) / 2
 
 
 def lower_gradients(config: Config, unit: str, depth: int, batch: int, backward: bool = True) -> Any:
@@ -177,7 +181,7 @@ def lower_gradients(config: Config, unit: str, depth: int, batch: int, backward:
     gradients, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), axis_names=set(MANUAL), check_vma=False
   )
   places = jax.tree.map(lambda leaf: leaf.sharding, (params, x))
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), choice.tracing_for(ACCELERATOR):
     return jax.jit(mapped, out_shardings=places if backward else None).lower(params, x, x, ids, ids)
 
 

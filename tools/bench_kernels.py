@@ -125,7 +125,7 @@ def time_shape(op: str, shape: list, dtype: str, repeats: int, implementations: 
   rows, candidates = [], {}
   inputs = make_inputs(op, shape, dtype)
   found = costs(op, shape, inputs)
-  dy = inputs.get('x', inputs.get('y'))  # any values of y's shape and dtype
+  dy = next(inputs[name] for name in 'xyq' if name in inputs)  # any values of y's shape and dtype
 
   def refuse(name: str, reason: object) -> None:
     rows.append({'shape': shape, 'candidate': name, 'refused': str(reason).splitlines()[0]})
@@ -137,7 +137,7 @@ def time_shape(op: str, shape: list, dtype: str, repeats: int, implementations: 
         for part, function in make_functions(op, shape, implementation, deterministic).items():
           try:
             candidates[name, part] = jax_candidate(function, inputs, *[dy] * (part != 'forward'))
-          except (ValueError, NotImplementedError, ImportError) as reason:
+          except (ValueError, NotImplementedError, ImportError, RuntimeError) as reason:
             refuse(name, reason)
   if op is OPS['ssd']:
     add_peers(candidates, refuse, shape, dtype)

@@ -168,6 +168,29 @@ def _norm(s: Shape, i: Inputs, implementation: str, deterministic: bool) -> tupl
   return (gated_norm(**i, groups=s.groups, eps=1e-5),)
 
 
+def _attention_inputs(s: Shape, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  q = rng.standard_normal((s.batch, s.length, s.heads, s.head_dim), np.float32)
+  k, v = rng.standard_normal((2, s.batch, s.length, s.groups, s.head_dim), np.float32)
+  return {'q': q, 'k': k, 'v': v}
+
+
+def _attention(s: Shape, i: Inputs, implementation: str, deterministic: bool) -> tuple[jax.Array, ...]:
+  """`state` is how many documents of equal length a row has. 'xla_all_keys': 512 queries at a time beside every key of the row."""
+  from lmscale.kernels.attention import attention
+  from lmscale.kernels.attention.xla import attention_xla
+
+  ids = jnp.broadcast_to(1 + jnp.arange(s.length) * s.state // s.length, (s.batch, s.length))
+  if implementation == 'xla_all_keys':
+    return (attention_xla(**i, q_positions=None, k_positions=None, q_segments=ids, k_segments=ids, chunk=512, block=s.length),)
+  return (attention(**i, q_segments=ids, k_segments=ids, implementation=implementation),)
+
+
+def _attention_flops(s: Shape) -> tuple[float, float]:
+  """Two products of each query with the keys of its document before it, and four in the backward pass."""
+  forward = 2 * s.batch * s.heads * s.head_dim * s.length**2 / s.state
+  return forward, 2 * forward
+
+
 def _ssd_shapes(heads: int) -> list[Shape]:
   return [Shape(b, l, heads, 64, 1, 128) for b, l in ((1, 2048), (8, 2048), (32, 2048), (4, 32768))]
 
@@ -178,10 +201,12 @@ WIDE = Shape(1, 4096, 8, 64, 1, 64)  # one group, and a state four times as larg
 SHAPES = {'small': [SMALL], '8b': [LAYER._replace(batch=b) for b in (1, 2, 4)]}
 PEERS = [shape for heads in (24, 48, 64, 80, 128) for shape in _ssd_shapes(heads)]  # those of TileOPs' SSD benchmark
 MAMBA1 = {name: [s._replace(groups=1, state=16) for s in shapes] for name, shapes in SHAPES.items()}
+ROWS = {name: [s._replace(head_dim=64, state=documents) for s in shapes[:1] for documents in (1, 8)] for name, shapes in SHAPES.items()}
 DECODE = {name: [shapes[0]._replace(batch=b, length=1) for b in (8, 64)] for name, shapes in SHAPES.items()}
 
 SSD = ('scan', 'xla', 'pallas_triton', 'pallas_mosaic')
 OPS = {
+  'attention': Op(ROWS, _attention_inputs, _attention, ('xla', 'xla_all_keys', 'cudnn'), _attention_flops),
   'ssd': Op(SHAPES | {'wide': [WIDE], 'peers': PEERS}, _ssd_inputs, _ssd, SSD, _ssd_flops, modes=True),
   'ssd_update': Op(DECODE, _update_inputs, _update, ('xla', 'pallas_triton'), backward=False),
   'selective_scan': Op(MAMBA1, _scan_inputs, _scan, ('scan', 'xla', 'pallas_triton')),

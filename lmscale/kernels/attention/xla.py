@@ -38,12 +38,14 @@ class Keys(NamedTuple):
   segments: jax.Array | None
 
 
-def attention_xla(q, k, v, q_positions, k_positions, q_segments, k_segments, q_first=None, chunk=None):
-  """Arguments as in `api`, besides chunk: queries, and keys, whose scores exist at a time."""
+def attention_xla(q, k, v, q_positions, k_positions, q_segments, k_segments, q_first=None, chunk=None, block=None):
+  """Arguments as in `api`, besides chunk and block: queries and keys whose scores exist at a time; None chooses."""
   chunk = chunk or default_chunk()
+  # One query reads a cache in one pass.
+  block = min(block or (k.shape[1] if q.shape[1] == 1 else chunk), k.shape[1])
   q_positions = jnp.arange(q.shape[1])[None] if q_positions is None else q_positions
   k_positions = jnp.arange(k.shape[1])[None] if k_positions is None else k_positions
-  out = _attention(chunk, q, k, v, Queries(q_positions, q_segments, q_first), Keys(k_positions, k_segments))
+  out = _attention(chunk, block, q, k, v, Queries(q_positions, q_segments, q_first), Keys(k_positions, k_segments))
   return checkpoint_name(out, 'attention')
 
 
@@ -52,23 +54,21 @@ def default_chunk() -> int:
   return 128 if choice.backend() == 'cpu' else 512
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(chunk: int, q: jax.Array, k: jax.Array, v: jax.Array, queries: Queries, keys: Keys) -> jax.Array:
-  size = _block_size(chunk, q, k)
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(chunk: int, size: int, q: jax.Array, k: jax.Array, v: jax.Array, queries: Queries, keys: Keys) -> jax.Array:
   def one_chunk(_, inputs):
     return None, _forward(size, *inputs, k, v, keys)[0].astype(q.dtype)
 
   return _joined(jax.lax.scan(one_chunk, None, _split_queries(chunk, size, q, k, queries, keys))[1], q.shape)
 
 
-def _attention_fwd(chunk, *inputs):
-  return _attention(chunk, *inputs), inputs
+def _attention_fwd(chunk, size, *inputs):
+  return _attention(chunk, size, *inputs), inputs
 
 
-def _attention_bwd(chunk, inputs, dout):
+def _attention_bwd(chunk, size, inputs, dout):
   q, k, v, queries, keys = inputs
-  acc, size, scale = _acc(q, k), _block_size(chunk, q, k), q.shape[-1] ** -0.5
+  acc, scale = _acc(q, k), q.shape[-1] ** -0.5
 
   def one_chunk(carry, inputs):
     (q, queries, seen), dout = inputs
@@ -209,11 +209,6 @@ def _joined(chunks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """[chunks, b, size, ...] -> shape [b, t, h, d]"""
   b, t, h, d = shape
   return jnp.moveaxis(chunks, 0, 1).reshape(b, -1, h, d)[:, :t]
-
-
-def _block_size(chunk: int, q: jax.Array, k: jax.Array) -> int:
-  """Keys at a time. One query reads a cache in one pass."""
-  return k.shape[1] if q.shape[1] == 1 else min(chunk, k.shape[1])
 
 
 def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
