@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -349,3 +350,9 @@ def test_errors_are_one_clear_line():
     ssd(**arguments | {'dt': arguments['dt'][:, :-1]})
   with pytest.raises(ValueError, match='chunk 0'):
     ssd(**arguments, chunk=0)
+
+
+def test_blocks_are_those_of_the_device_that_is_compiled_for():
+  assert xla._most_chunks(64) == 1
+  with choice.tracing_for(types.SimpleNamespace(platform='gpu')):
+    assert xla._most_chunks(64) == 4 and xla.default_chunk() == 128

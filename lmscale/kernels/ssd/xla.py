@@ -73,7 +73,7 @@ def ssd_xla(x, dt, A, B, C, D, state, document, chunk):
 
 def _most_chunks(q):
   """The chunks of a block."""
-  tokens = BLOCK_PAIRS // q if jax.default_backend() == 'cpu' else BLOCK_TOKENS
+  tokens = BLOCK_PAIRS // q if choice.backend() == 'cpu' else BLOCK_TOKENS
   return min(max(tokens // q, 1), BLOCK_CHUNKS)
 
 
