@@ -60,7 +60,7 @@ CASES = {
   '22b': Case('22B, 4 rows of 2,048: a Transformer block', 'megatron_gpt.py:size=22b', '*-', 48, 4),
   '175b': Case('175B, a row of 2,048: a Transformer block', 'megatron_gpt.py:size=175b', '*-', 96, 1),
   'mamba2': Case('8B Mamba-2, a row of 4,096: a layer', 'mamba_study.py:arch=mamba2,size=8b', 'M', 56, 1),
-  'hybrid': Case('8B hybrid, a row of 4,096: the four layers `M-*-`', 'mamba_study.py:arch=hybrid,size=8b', 'M-*-', 4, 1),
+  'hybrid': Case('8B hybrid, a row of 4,096: the four layers `M-*-`', 'mamba_study.py:arch=hybrid,size=8b', 'M-*-', 8, 1),
 }
 # (title, whether `tensor` is used, sequence parallel, train.remat)
 ROWS = [
