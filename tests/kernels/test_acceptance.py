@@ -221,7 +221,8 @@ def test_a4_the_chunk_changes_nothing(run, chunk):
   reference = differentiate(Run('scan', run.full), 0, arguments, weights)
   with full_precision(jnp.float32):
     got = _differentiate(arguments, weights, None, run.implementation, chunk, run.interpret)
-  bounds = dict.fromkeys(('y', 'state', *arguments), 1e-6)
+  # A decay of e^-64 has, from the rounding of its exponent, an error of 4e-6, which depends on a CPU's exponential.
+  bounds = dict.fromkeys(('y', 'state', *arguments), 1e-6) | {'A': 2e-5}
   assert_heads_close(got, oracle.ssd(arguments, weights), bounds, oracle.terms(arguments, weights), reference)
 
 

@@ -311,7 +311,7 @@ def test_named_implementations_are_strict():
   arguments = make(l=16, p=8, n=16, dtype=np.float32)
   with pytest.raises(ValueError, match="implementation 'cuda' is unknown; choose one of scan, xla, pallas_triton"):
     ssd(**arguments, implementation='cuda')
-  with pytest.raises(ValueError, match="'pallas_mosaic' cannot do this: its numerics were not yet checked on a GPU"):
+  with pytest.raises(ValueError, match="'pallas_mosaic' cannot do this: x is float32"):
     ssd(**arguments, implementation='pallas_mosaic')
   with pytest.raises(ValueError, match="interpret=True is for implementation 'pallas_triton', not 'xla'"):
     ssd(**arguments, implementation='xla', interpret=True)
