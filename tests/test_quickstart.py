@@ -66,4 +66,4 @@ def test_the_losses_of_the_quickstart_are_those_of_a_pipeline(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
     found[name] = [value for line in lines for value in (line['loss'], line.get('val_loss', 0))]
   for name in ('pipe', 'interleaved'):
-    assert found[name] == pytest.approx(found['default'], abs=1e-4), name
+    assert found[name] == pytest.approx(found['default'], rel=1e-4), name
