@@ -34,7 +34,7 @@ def prove(op, dtype='float32'):
 @pytest.mark.parametrize('op', ['ssd', 'selective_scan', 'ssd_update'])
 def test_a_kernel_proves_itself(op):
   verdict = prove(op)
-  assert verdict.why_not == '' and 0 < verdict.worst < 1
+  assert verdict.why_not == '' and 0 <= verdict.worst < 1
 
 
 @pytest.mark.parametrize('op', ['ssd', 'selective_scan', 'ssd_update', 'attention'])
@@ -110,7 +110,7 @@ def child(monkeypatch, program):
 def test_a_verdict_is_kept(monkeypatch, tmp_path):
   started = child(monkeypatch, CHILD)
   first = proof.verdict('ssd_update', 'pallas_triton', 'float32')
-  assert first.why_not == '' and 0 < first.worst < 1
+  assert first.why_not == '' and 0 <= first.worst < 1
   monkeypatch.setattr(verdicts, '_known', {})
   assert proof.verdict('ssd_update', 'pallas_triton', 'float32') == first
   assert started == [('ssd_update', 'pallas_triton', 'float32')]
