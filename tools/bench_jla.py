@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_ops import OPS, Inputs, Shape, make_functions, make_inputs
 from bench_peers import CHECKED_LENGTH, GRADIENTS, WORST_ERROR, Refused, relative
+from bench_timing import Candidate, jax_candidate
 
 CHUNKS = (32, 64, 128)
 
@@ -38,8 +39,8 @@ def _ssd(linear_attention: Callable) -> Callable:
   return run
 
 
-def jla_functions(function: Callable, shape: Shape, dtype: str) -> dict[str, Callable]:
-  """{'forward', 'forward+backward'} as `make_functions` gives, after a check. Raises Refused where it is wrong or fails."""
+def jla_candidates(function: Callable, shape: Shape, dtype: str, arguments: tuple[Inputs, jax.Array]) -> dict[str, Candidate]:
+  """{'forward', 'forward+backward'} on `arguments` (inputs, dy), after a check. Raises Refused where it is wrong or fails."""
 
   def forward(inputs: Inputs) -> jax.Array:
     return function(*(inputs[name] for name in GRADIENTS))
@@ -50,11 +51,12 @@ def jla_functions(function: Callable, shape: Shape, dtype: str) -> dict[str, Cal
 
   try:
     error = worst_error(both, shape._replace(batch=1, length=min(CHECKED_LENGTH, shape.length)), dtype)
+    timed = {'forward': jax_candidate(forward, arguments[0]), 'forward+backward': jax_candidate(both, *arguments)}
   except Exception as failure:  # a peer may raise anything
     raise Refused(f'failed: {str(failure).splitlines()[0] if str(failure) else type(failure).__name__}') from failure
   if not error <= WORST_ERROR:
     raise Refused(f'wrong: relative error {error:.2g} in an output or gradient, so it is not timed')
-  return {'forward': forward, 'forward+backward': both}
+  return timed
 
 
 def worst_error(both: Callable, shape: Shape, dtype: str) -> float:

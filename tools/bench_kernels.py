@@ -10,6 +10,7 @@ what a sample is, bench_ops for the shapes and the floors, bench_peers for how a
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 
 from bench_ops import OPS, Peaks, Shape, costs, floor, make_functions, make_inputs
 
@@ -140,9 +142,8 @@ def time_shape(op: str, shape: list, dtype: str, repeats: int, implementations: 
           except (ValueError, NotImplementedError, ImportError, RuntimeError) as reason:
             refuse(name, reason)
   if op is OPS['ssd']:
-    add_peers(candidates, refuse, shape, dtype)
     with jax.default_matmul_precision('highest' if dtype == 'float32' else 'default'):
-      add_jla(candidates, refuse, shape, dtype, (inputs, dy))
+      add_peers(candidates, refuse, shape, dtype, (inputs, dy))
   for part in PASSES:  # the two passes apart, so that short calls are not always preceded by long ones
     group = {key: candidate for key, candidate in candidates.items() if key[1] == part}
     for key, samples in measure(group, repeats, jax.default_backend() != 'cpu').items():
@@ -154,36 +155,23 @@ def time_shape(op: str, shape: list, dtype: str, repeats: int, implementations: 
   return rows
 
 
-def add_peers(candidates: dict, refuse: object, shape: Shape, dtype: str) -> None:
+def add_peers(candidates: dict, refuse: Callable, shape: Shape, dtype: str, arguments: tuple) -> None:
+  """Those of PyTorch, and of JAX with `arguments` (inputs, dy), that can be imported and are right."""
+  from bench_jla import jla_candidates, jla_peers
   from bench_peers import Refused, peer_candidates, peers
 
-  try:
-    found = peers()
-  except Refused as reason:
-    return refuse('mamba_ssm, fla', reason)
-  for name, function in found.items():
+  of_jax = functools.partial(jla_candidates, arguments=arguments)
+  for packages, find, time_them in (('mamba_ssm, fla', peers, peer_candidates), ('jax-linear-attention', jla_peers, of_jax)):
     try:
-      for part, candidate in peer_candidates(function, shape, dtype).items():
-        candidates[name, part] = candidate
+      found = find()
     except Refused as reason:
-      refuse(name, reason)
-
-
-def add_jla(candidates: dict, refuse: object, shape: Shape, dtype: str, arguments: tuple) -> None:
-  from bench_jla import jla_functions, jla_peers
-  from bench_peers import Refused
-  from bench_timing import jax_candidate
-
-  try:
-    found = jla_peers()
-  except Refused as reason:
-    return refuse('jax-linear-attention', reason)
-  for name, function in found.items():
-    try:
-      for part, timed in jla_functions(function, shape, dtype).items():
-        candidates[name, part] = jax_candidate(timed, *arguments[: 1 + (part != 'forward')])
-    except (Refused, ValueError) as reason:
-      refuse(name, reason)
+      refuse(packages, reason)
+      continue
+    for name, function in found.items():
+      try:
+        candidates.update({(name, part): candidate for part, candidate in time_them(function, shape, dtype).items()})
+      except Refused as reason:
+        refuse(name, reason)
 
 
 def markdown(report: dict) -> str:

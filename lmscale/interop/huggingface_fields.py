@@ -70,5 +70,6 @@ def read_number(name: str, value: Any) -> float:
 
 
 def shown(value: Any) -> str:
+  """A value in a message, cut where it is long."""
   text = repr(value)
   return text if len(text) <= 60 else text[:57] + '...'

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -11,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmscale.config import ConfigError, fill_data, from_dict
+from lmscale.jobs import kernels
 from lmscale.kernels import choice, proof
 from lmscale.kernels.proof import __main__ as trial
 from lmscale.kernels.proof import verdicts
 from lmscale.kernels.proof.cases import cases
 from lmscale.kernels.selective_scan import pallas_triton
 from lmscale.kernels.ssd.triton import entry
+from lmscale.plan.report import format_report, make_report
 
 TINY = {'b': 2, 'l': 40, 'h': 2, 'g': 1, 'p': 16, 'n': 16}
 
@@ -91,7 +95,7 @@ CHILD = """
 from lmscale.kernels.proof import __main__ as trial
 trial.SMALL, real = {sizes}, trial.prove
 trial.prove = lambda op, name, dtype: real(op, name, dtype, trial.SMALL, interpret=True)
-trial.main(*{arguments})
+trial.main({arguments})
 """
 
 
@@ -101,7 +105,7 @@ def child(monkeypatch, program):
 
   def command(*arguments):
     started.append(arguments)
-    return [sys.executable, '-c', program.format(sizes=TINY, arguments=arguments)]
+    return [sys.executable, '-c', program.format(sizes=TINY, arguments=list(arguments))]
 
   monkeypatch.setattr(verdicts, 'command', command)
   return started
@@ -134,8 +138,8 @@ def test_the_source_of_the_kernels_is_part_of_a_verdict(monkeypatch):
   ('program', 'why_not', 'kept'),
   [
     ('import os; os.kill(os.getpid(), 11)', 'it crashed with SIGSEGV', True),
-    ('raise ValueError("no such instruction")', 'it failed: ValueError: no such instruction', True),
-    ('raise RuntimeError("RESOURCE_EXHAUSTED: 3 GB")', 'it failed: RuntimeError: RESOURCE_EXHAUSTED', False),
+    ('raise ValueError("no such instruction")', 'its trial failed: ValueError: no such instruction', True),
+    ('raise RuntimeError("RESOURCE_EXHAUSTED: 3 GB")', 'its trial failed: RuntimeError: RESOURCE_EXHAUSTED', False),
     ('import time; time.sleep(60)', 'its trial took more than 0.5 s', False),
   ],
 )
@@ -144,6 +148,17 @@ def test_a_process_that_fails_is_no_proof(program, why_not, kept, monkeypatch, t
   child(monkeypatch, program)
   assert proof.verdict('ssd', 'pallas_triton', 'bfloat16').why_not.startswith(why_not)
   assert (tmp_path / 'kernels').exists() == kept
+
+
+def test_a_kernel_that_raises_says_why_in_a_line(capsys, monkeypatch):
+  def refused(*args, **options):
+    raise RuntimeError('ptxas: no such instruction\nand much more')
+
+  monkeypatch.setattr(entry, 'ssd_pallas_triton', refused)
+  trial.main(['ssd', 'pallas_triton', 'bfloat16'])
+  assert json.loads(capsys.readouterr().out)['why_not'] == 'it failed: RuntimeError: ptxas: no such instruction'
+  with pytest.raises(SystemExit, match='2'):
+    trial.main(['sdd', 'pallas_triton', 'bfloat16'])
 
 
 # The choice --------------------------------------------------------------------------------------------------------
@@ -186,6 +201,23 @@ def test_processes_choose_alike():
   proof.adopt({'ssd pallas_triton bfloat16': {'why_not': 'no', 'worst': 2.0, 'seconds': 0.0}})
   assert proof.verdict('ssd', 'pallas_triton', 'bfloat16') == proof.Verdict('no', 2.0)
   assert proof.known() == {'ssd pallas_triton bfloat16': {'why_not': 'no', 'worst': 2.0, 'seconds': 0.0}}
+
+
+def test_a_named_kernel_that_is_wrong_here_is_refused_by_its_field(verdicts_of, monkeypatch):
+  config = from_dict({'model': {'pattern': 'M*', 'mamba2': {'implementation': 'pallas_triton'}}})
+  chosen = [choice.Choice('attention', 'xla', 'bfloat16', False), choice.Choice('ssd', 'pallas_triton', 'bfloat16', True)]
+  monkeypatch.setattr(kernels, 'check_kernels', lambda config, backend: chosen)
+  verdicts_of({'pallas_triton': proof.Verdict('')})
+  assert kernels.settle_kernels(config) == chosen
+  verdicts_of({'pallas_triton': proof.Verdict('y of head 3 is off')})
+  with pytest.raises(ConfigError, match=r'^model.mamba2.implementation: pallas_triton is not to be trusted on this \w+: y of head 3 is off; set auto$'):
+    kernels.settle_kernels(config)
+
+
+def test_the_plan_says_what_runs_and_why():
+  chosen = [choice.Choice('ssd', 'xla', 'bfloat16', False, (('pallas_triton', 'y is off'),)), choice.Choice('selective_scan', 'scan', 'bfloat16', True)]
+  text = format_report(make_report(fill_data(from_dict({}), 1), kernels=chosen))
+  assert re.search(r'kernels +xla +ssd\n +scan +selective scan, as named\n +not pallas_triton: y is off\n', text)
 
 
 @pytest.mark.gpu

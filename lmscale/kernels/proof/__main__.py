@@ -1,9 +1,12 @@
-"""Tries one kernel on the first device: python -m lmscale.kernels.proof OPERATION IMPLEMENTATION DTYPE; prints a verdict as JSON."""
+"""Tries one kernel on the first device and prints a verdict as JSON.
 
+  python -m lmscale.kernels.proof ssd pallas_triton bfloat16
+"""
+
+import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 
@@ -11,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmscale.kernels.proof.cases import AS_IN_TRAINING, SMALL, Case, cases, differentiate
+from lmscale.kernels.proof.cases import AS_IN_TRAINING, OPS, SMALL, Case, cases, differentiate
 from lmscale.kernels.proof.verdicts import Verdict
 
 # Relative root mean square error of a head: of 16 bits what rounding of inputs, outputs and states between chunks makes, doubled.
@@ -65,12 +68,22 @@ def seconds(op: str, name: str, dtype: str) -> float:
   return statistics.median(found)
 
 
-def main(op: str, name: str, dtype: str) -> None:
-  verdict = prove(op, name, dtype)
-  if not verdict.why_not and op == 'ssd':  # which has two kernels to choose from
-    verdict = dataclasses.replace(verdict, seconds=seconds(op, name, dtype))
+def main(argv: list[str] | None = None) -> None:
+  """Prints the verdict, also on a kernel that raises, as the last line."""
+  parser = argparse.ArgumentParser('python -m lmscale.kernels.proof', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('op', choices=OPS)
+  parser.add_argument('implementation')
+  parser.add_argument('dtype', choices=BOUNDS)
+  flags = parser.parse_args(argv)
+  key = flags.op, flags.implementation, flags.dtype
+  try:
+    verdict = prove(*key)
+    if not verdict.why_not and flags.op == 'ssd':  # which has two kernels to choose from
+      verdict = dataclasses.replace(verdict, seconds=seconds(*key))
+  except Exception as error:  # noqa: BLE001 - whatever a kernel's compiler raises
+    verdict = Verdict(f'it failed: {type(error).__name__}: {(str(error).splitlines() or [""])[0][:300]}')
   print(json.dumps(dataclasses.asdict(verdict)))
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main()

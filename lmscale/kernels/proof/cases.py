@@ -34,9 +34,8 @@ class Case(NamedTuple):
 
 def cases(op: str, sizes: dict[str, int] = SMALL, interpret: bool = False) -> Iterator[Case]:
   """All of an operation."""
-  make = {'ssd': _ssd, 'selective_scan': _selective_scan, 'ssd_update': _ssd_update, 'attention': _attention}[op]
   rng = np.random.default_rng(0)
-  yield from make(rng, sizes, {'interpret': interpret} if interpret else {})
+  yield from OPS[op](rng, sizes, {'interpret': interpret} if interpret else {})
 
 
 def _ssd(rng: np.random.Generator, sizes: dict[str, int], options: dict) -> Iterator[Case]:
@@ -81,6 +80,9 @@ def _attention(rng: np.random.Generator, sizes: dict[str, int], options: dict) -
       return (attention(**arguments, q_segments=ids, k_segments=ids, implementation=implementation),)
 
     yield Case(label, _named(run, ('y',)), arguments, dict.fromkeys(('q', 'k', 'v', 'y'), 2))
+
+
+OPS = {'ssd': _ssd, 'selective_scan': _selective_scan, 'ssd_update': _ssd_update, 'attention': _attention}
 
 
 def _call(op: Callable, ids: np.ndarray | None, options: dict, arguments: dict[str, jax.Array], implementation: str) -> Any:

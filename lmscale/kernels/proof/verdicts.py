@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -91,8 +92,8 @@ def _judge(done: subprocess.CompletedProcess) -> Verdict:
     return Verdict(**json.loads(done.stdout.splitlines()[-1]))
   if done.returncode < 0:
     return Verdict(f'it crashed with {signal.Signals(-done.returncode).name}')
-  lines = [line for line in done.stderr.splitlines() if line.strip()] or [f'exit code {done.returncode}']
-  return Verdict(f'it failed: {lines[-1].strip()[:300]}')
+  lines = [line for line in done.stderr.splitlines() if re.match(r'[\w.]*(Error|Exception)\b', line)] or [f'exit code {done.returncode}']
+  return Verdict(f'its trial failed: {lines[-1].strip()[:300]}')
 
 
 def _path(*key: str) -> pathlib.Path:
