@@ -13,13 +13,14 @@ FASTER = 0.9  # of the time of the kernel before it: so much less a kernel has t
 
 
 class Choice(NamedTuple):
-  """What runs an operation, in which dtype, whether it was named, and of those that would come before it why not."""
+  """What runs an operation, in which dtype, whether it was named, of those that would come before it why not, and on what it is to run."""
 
   op: str
   name: str
   dtype: str
   named: bool
   passed_over: tuple[tuple[str, str], ...] = ()
+  on: str = ''
 
 
 _recorded: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar('recorded', default=None)
@@ -121,5 +122,6 @@ def _fastest(op: str, names: Sequence[str], dtype: str) -> str:
 
 
 def _record(choice: Choice) -> None:
+  choice = choice._replace(on=backend())
   if (found := _recorded.get()) is not None and choice not in found:
     found.append(choice)

@@ -18,6 +18,7 @@ from lmscale.plan.pipeline import pipeline_report
 from lmscale.plan.traffic import step_traffic
 
 ENOUGH = 0.99  # of the parameters cut by ZeRO: what is left over is small
+_DEVICES = {'cpu': 'a CPU', 'gpu': 'a GPU', 'tpu': 'a TPU'}
 NEAR = 8  # how far from mesh.data another size is looked for
 
 
@@ -103,7 +104,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 def _kernel_rows(kernels: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
   """What runs the operations, and of what would come first why it does not."""
-  rows = [('kernels' * (not i), k['name'], k['op'].replace('_', ' ') + ', as named' * k['named']) for i, k in enumerate(kernels)]
+  rows = [('kernels' * (not i), k['name'], f'{k["op"].replace("_", " ")} on {_DEVICES.get(k["on"], k["on"])}' + ', as named' * k['named']) for i, k in enumerate(kernels)]
   return rows + [('', '', f'not {name}: {why}') for k in kernels for name, why in k['passed_over']]
 
 

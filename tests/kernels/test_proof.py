@@ -179,10 +179,10 @@ def choose(name=None):
 
 def test_what_is_not_proved_is_passed_over_and_said(verdicts_of):
   verdicts_of({'a': proof.Verdict('y is off'), 'b': proof.Verdict('')})
-  assert choose() == [choice.Choice('op', 'b', 'bfloat16', False, (('a', 'y is off'),))]
+  assert choose() == [choice.Choice('op', 'b', 'bfloat16', False, (('a', 'y is off'),), 'cpu')]
   verdicts_of({'a': proof.Verdict('y is off'), 'b': proof.Verdict('it crashed')})
   assert choose()[0].name == 'xla'
-  assert choose('a') == [choice.Choice('op', 'a', 'bfloat16', True)]
+  assert choose('a') == [choice.Choice('op', 'a', 'bfloat16', True, (), 'cpu')]
 
 
 @pytest.mark.parametrize(('seconds', 'best'), [((1.0, 0.85), 'b'), ((1.0, 0.95), 'a'), ((1.0, 0.0), 'a'), ((0.5, 1.0), 'a')])
@@ -215,9 +215,9 @@ def test_a_named_kernel_that_is_wrong_here_is_refused_by_its_field(verdicts_of, 
 
 
 def test_the_plan_says_what_runs_and_why():
-  chosen = [choice.Choice('ssd', 'xla', 'bfloat16', False, (('pallas_triton', 'y is off'),)), choice.Choice('selective_scan', 'scan', 'bfloat16', True)]
+  chosen = [choice.Choice('ssd', 'xla', 'bfloat16', False, (('pallas_triton', 'y is off'),), 'gpu'), choice.Choice('selective_scan', 'scan', 'bfloat16', True, on='gpu')]
   text = format_report(make_report(fill_data(from_dict({}), 1), kernels=chosen))
-  assert re.search(r'kernels +xla +ssd\n +scan +selective scan, as named\n +not pallas_triton: y is off\n', text)
+  assert re.search(r'kernels +xla +ssd on a GPU\n +scan +selective scan on a GPU, as named\n +not pallas_triton: y is off\n', text)
 
 
 @pytest.mark.gpu
